@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the testbench and the program inside the guest say to each other.
+//!
+//! The host puts a [`Plan`] into the initramfs at [`PLAN_PATH`]. The guest's PID 1 follows it and answers with [`Message`]s,
+//! one JSON object each, written to `/dev/hmm_witness` (and so synchronously known to the host), or, before the witness is
+//! loaded and when it cannot be, as console lines that begin with [`CONSOLE_PREFIX`].
+#![forbid(unsafe_code)]
+
+use serde::{Deserialize, Serialize};
+
+/// Where the plan lies in the initramfs.
+pub const PLAN_PATH: &str = "/testbench/plan.json";
+/// Where the driver's module lies in the initramfs.
+pub const DRIVER_MODULE: &str = "/testbench/driver.ko";
+/// Where the witness's module lies in the initramfs.
+pub const WITNESS_MODULE: &str = "/testbench/witness.ko";
+/// Begins a console line that carries a [`Message`].
+pub const CONSOLE_PREFIX: &str = "hmm-testbench: ";
+/// Longest message in bytes, as JSON.
+pub const MAX_MESSAGE: usize = 64 * 1024;
+
+/// What the guest is to do.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub struct Plan {
+    /// Workloads, in order.
+    pub workloads: Vec<WorkloadPlan>,
+    /// A shell command to run after the workloads, with the driver loaded.
+    pub exec: Option<String>,
+    /// Whether to end in an interactive shell on the console.
+    pub shell: bool,
+    /// Whether a driver is loaded at all.
+    pub load_driver: bool,
+    /// Parameters of the driver's module, as for insmod.
+    pub driver_parameters: String,
+}
+
+/// One workload.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub struct WorkloadPlan {
+    /// Its name, one of [`WORKLOADS`].
+    pub name: String,
+    /// Seed of everything random in it.
+    pub seed: u64,
+    /// How far it goes.
+    pub extent: Extent,
+}
+
+/// How far a workload goes.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Extent {
+    /// The share of the default suite.
+    Default,
+    /// So many iterations.
+    Iterations(u64),
+    /// At least so long, in milliseconds of guest time.
+    Milliseconds(u64),
+}
+
+/// A workload's name and what it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkloadInfo {
+    /// Name on the command line.
+    pub name: &'static str,
+    /// One line.
+    pub about: &'static str,
+}
+
+/// Every workload, in the order of the default suite.
+pub const WORKLOADS: &[WorkloadInfo] = &[
+    WorkloadInfo {
+        name: "access",
+        about: "the device reads and writes anonymous, file and shared memory; the CPU checks, both ways",
+    },
+    WorkloadInfo {
+        name: "release",
+        about: "a process exits, is killed or execs with live mappings and with engines running",
+    },
+    WorkloadInfo {
+        name: "unregister",
+        about: "the file is closed while engines run, from another thread, from a child that inherited it",
+    },
+    WorkloadInfo {
+        name: "invalidate",
+        about: "munmap, mremap, mprotect, madvise, fork and COW, hole punch, truncate under running engines; then the hole is touched from the device and must fault",
+    },
+    WorkloadInfo {
+        name: "stress",
+        about: "threads of random memory operations against random device work, checked against a model",
+    },
+];
+
+/// What the guest says.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum Message {
+    /// PID 1 runs.
+    Booted {
+        /// `uname -r`.
+        kernel: String,
+        /// CPUs online.
+        cpus: u32,
+        /// Milliseconds since the kernel's clock began.
+        uptime_ms: u64,
+    },
+    /// A module was loaded.
+    ModuleLoaded {
+        /// Its file name.
+        module: String,
+    },
+    /// A workload begins.
+    WorkloadStart {
+        /// Which.
+        workload: String,
+        /// Its seed.
+        seed: u64,
+    },
+    /// A case of a workload ended.
+    Case(Case),
+    /// The workload still makes progress.
+    Progress {
+        /// Which.
+        workload: String,
+        /// Iterations done.
+        done: u64,
+        /// Of how many, if known.
+        total: Option<u64>,
+    },
+    /// A workload ended.
+    WorkloadEnd {
+        /// Which.
+        workload: String,
+        /// How.
+        outcome: Outcome,
+        /// Seconds of guest time.
+        seconds: f64,
+        /// Cases run.
+        cases: u64,
+        /// Cases that failed.
+        failed: u64,
+    },
+    /// The command of `--exec` ended.
+    ExecEnd {
+        /// Exit status, or 128 + the signal.
+        status: i32,
+    },
+    /// The guest cannot go on.
+    Fatal {
+        /// Why.
+        reason: String,
+    },
+    /// The plan is done; the guest powers off now.
+    Done,
+}
+
+/// How a case or workload ended.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// As expected.
+    Pass,
+    /// Not as expected.
+    Fail,
+    /// Could not be tried here; the detail says why.
+    Skip,
+}
+
+/// One case: the JSON line that workloads print.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct Case {
+    /// Workload it belongs to.
+    pub workload: String,
+    /// Its name, unique in the workload, such as `munmap/running/thp`.
+    pub case: String,
+    /// Seed that makes it again.
+    pub seed: u64,
+    /// Iteration it was.
+    pub iteration: u64,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Seconds of guest time.
+    pub seconds: f64,
+    /// What went wrong, or why it was skipped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+    /// Data that differs from the model; a `data/mismatch`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mismatch: Option<Mismatch>,
+}
+
+/// Data that is not what the model says.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub struct Mismatch {
+    /// Context handle.
+    pub context: u64,
+    /// Address of the word.
+    pub address: u64,
+    /// What the model says.
+    pub expected: u64,
+    /// What was found.
+    pub found: u64,
+    /// Who read it.
+    pub reader: Reader,
+}
+
+/// Who read a word.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reader {
+    /// The CPU.
+    Cpu,
+    /// The device.
+    Device,
+}

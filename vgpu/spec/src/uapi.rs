@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The ioctls of the reference driver (`/dev/hmm_vgpu`) and of the witness (`/dev/hmm_witness`), as Rust sees them.
+//!
+//! The C side is guest/include/hmm_vgpu_uapi.h; a test holds the layouts against each other.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Path of the driver's character device.
+pub const DRIVER_DEVICE: &str = "/dev/hmm_vgpu";
+/// Path of the witness's character device.
+pub const WITNESS_DEVICE: &str = "/dev/hmm_witness";
+/// The driver's ioctl type byte.
+pub const DRIVER_MAGIC: u8 = b'v';
+/// The witness's ioctl type byte.
+pub const WITNESS_MAGIC: u8 = b'w';
+
+/// `HMM_VGPU_BIND` (nr 1, read+write): binds the file to the caller's address space. Once a file. EBUSY if bound, ENOSPC if no context is free.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Bind {
+    /// In: must be zero.
+    pub flags: u64,
+    /// Out: context handle.
+    pub ctx: u64,
+}
+
+/// `HMM_VGPU_SUBMIT` (nr 2, read+write): queues one job. EPERM if the caller's address space is not the bound one, EAGAIN if the queue is full, ESRCH if the address space has been released.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Submit {
+    /// In: job op, see [`crate::job`].
+    pub op: u16,
+    /// In: job flags.
+    pub flags: u16,
+    /// In: which of the context's queues, 0 or 1.
+    pub queue: u32,
+    /// In: destination.
+    pub dst: u64,
+    /// In: source.
+    pub src: u64,
+    /// In: length.
+    pub len: u64,
+    /// In: operands.
+    pub operand: [u64; 3],
+    /// Out: fence to wait for; ascending in each queue from 1.
+    pub fence: u64,
+}
+
+/// `HMM_VGPU_WAIT` (nr 3, read+write): waits for a fence. ETIME on timeout, EINTR on a signal. Results are kept for the last 256 jobs of a queue.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Wait {
+    /// In: fence.
+    pub fence: u64,
+    /// In: how long at the most, ns; 0 only asks.
+    pub timeout_ns: u64,
+    /// In: which queue.
+    pub queue: u32,
+    /// Out: JOB_ status.
+    pub status: u32,
+    /// Out: result.
+    pub result: u64,
+    /// Out: address.
+    pub address: u64,
+}
+
+/// `HMM_VGPU_QUERY` (nr 4, read): what the driver counts for this file's context.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Query {
+    /// Context handle, or 0.
+    pub ctx: u64,
+    /// 0 unbound, 1 bound, 2 released.
+    pub state: u32,
+    /// Number of queues a context has.
+    pub queues: u32,
+    /// Faults served (mapped and replayed).
+    pub faults_served: u64,
+    /// Faults cancelled.
+    pub faults_cancelled: u64,
+    /// Times a fault was tried again because an invalidation came in between.
+    pub fault_retries: u64,
+    /// Invalidate callbacks.
+    pub invalidations: u64,
+    /// Pages mapped at the moment, in 4 KiB.
+    pub mapped_pages: u64,
+    /// 2 MiB leaves written so far.
+    pub huge_maps: u64,
+}
+
+/// `HMM_VGPU_UNBIND` (nr 5, no argument): unregisters the context, as close does. ENXIO if not bound.
+pub const NR_UNBIND: u8 = 5;
+
+/// `HMM_WITNESS_ASSOCIATE` (nr 1, write): the caller's address space is mirrored by this context. ESRCH if the witness has seen no notifier for it.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Associate {
+    /// Context handle.
+    pub ctx: u64,
+}

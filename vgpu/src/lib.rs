@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A virtual GPU with page tables of its own, and the oracle that judges how a driver keeps them.
+//!
+//! A library: it knows no hypervisor and does no I/O of its own. A machine (the `hmm-testbench` crate has them) shows
+//! [`function::Function`]s to a guest, gives them guest memory ([`memory`]) and an interrupt sink, and follows the oracle's
+//! verdict ([`oracle`]).
+#![deny(unsafe_code)]
+
+pub mod function;
+pub mod memory;
