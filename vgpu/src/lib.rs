@@ -7,4 +7,6 @@
 #![deny(unsafe_code)]
 
 pub mod function;
-pub mod memory;
+// pub mod memory; (with the device)
+pub mod oracle;
+pub mod pci;

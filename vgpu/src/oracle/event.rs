@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the device tells the oracle, and what the oracle may ask of the device.
+
+use std::fmt;
+
+use vgpu_spec::handle::Handle;
+
+/// What was still held by somebody who let go. All zero when clean.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Leak {
+    /// Table pages granted and not returned.
+    pub table_pages: u32,
+    /// Data pages of VRAM granted and not returned.
+    pub data_pages: u32,
+    /// Queues not destroyed.
+    pub queues: u32,
+    /// Faults neither replayed nor cancelled.
+    pub faults: u32,
+    /// One of the pages left, or no handle.
+    pub page: Handle,
+    /// An address that page belongs to, where the tables tell.
+    pub va: Option<u64>,
+}
+
+impl Leak {
+    /// Nothing is left.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.table_pages == 0 && self.data_pages == 0 && self.queues == 0 && self.faults == 0
+    }
+}
+
+impl fmt::Display for Leak {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut rest = false;
+        for (count, one, many) in [
+            (self.table_pages, "table page", "table pages"),
+            (self.data_pages, "data page", "data pages"),
+            (self.queues, "queue", "queues"),
+            (self.faults, "fault", "faults"),
+        ] {
+            if count > 0 {
+                let comma = if rest { ", " } else { "" };
+                write!(f, "{comma}{count} {}", if count == 1 { one } else { many })?;
+                rest = true;
+            }
+        }
+        if !rest {
+            f.write_str("nothing")?;
+        }
+        if self.page != Handle::NONE {
+            write!(f, " (first: {})", self.page)?;
+        }
+        Ok(())
+    }
+}
+
+/// Something that happened on the device.
+///
+/// The device calls [`super::Oracle::event`] with it when it has happened, and before the guest can learn of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceEvent {
+    /// Free -> Bound.
+    ContextBound {
+        /// The new context.
+        ctx: Handle,
+        /// The driver's own tag.
+        tag: u64,
+    },
+    /// Bound -> Released: RELEASE has been carried out and drained.
+    ContextReleased {
+        /// The context.
+        ctx: Handle,
+    },
+    /// RELEASE of a context that had been released.
+    ReleaseAgain {
+        /// The context.
+        ctx: Handle,
+    },
+    /// Released -> Free.
+    ContextUnbound {
+        /// The context; from now on its handle is stale.
+        ctx: Handle,
+        /// What it still held.
+        leak: Leak,
+    },
+    /// A command, doorbell or leaf named a handle that is not live.
+    BadHandle {
+        /// Which operation.
+        op: &'static str,
+        /// The handle.
+        handle: Handle,
+        /// It has been issued once, and is stale; else it was never given out.
+        issued_before: bool,
+        /// An address it came with.
+        va: Option<u64>,
+    },
+    /// A valid leaf was written.
+    LeafSet {
+        /// Owner of the table page.
+        ctx: Handle,
+        /// The address it maps, if its table is linked.
+        va: Option<u64>,
+        /// The entry.
+        pte: u64,
+    },
+    /// Valid leaves were cleared.
+    LeafCleared {
+        /// Owner of the table page.
+        ctx: Handle,
+        /// The first address, if the table is linked.
+        va: Option<u64>,
+        /// How many.
+        count: u32,
+    },
+    /// INVALIDATE was taken from the ring.
+    Invalidate {
+        /// The context.
+        ctx: Handle,
+        /// First address.
+        start: u64,
+        /// Last address, inclusive.
+        last: u64,
+    },
+    /// INVALIDATE has dropped the entries and drained.
+    InvalidateDone {
+        /// The context.
+        ctx: Handle,
+        /// First address.
+        start: u64,
+        /// Last address, inclusive.
+        last: u64,
+    },
+    /// An access faulted and is parked.
+    FaultRaised {
+        /// The fault.
+        fault: Handle,
+        /// The context.
+        ctx: Handle,
+        /// The address.
+        va: u64,
+        /// `ACCESS_*` bits.
+        access: u32,
+    },
+    /// The driver had it tried again.
+    FaultReplayed {
+        /// The fault; its handle is stale now.
+        fault: Handle,
+        /// The context.
+        ctx: Handle,
+        /// The address.
+        va: u64,
+    },
+    /// The driver had it fail.
+    FaultCancelled {
+        /// The fault; its handle is stale now.
+        fault: Handle,
+        /// The context.
+        ctx: Handle,
+        /// The address.
+        va: u64,
+    },
+    /// Its context was killed, released or unbound, or its queue destroyed.
+    FaultDropped {
+        /// The fault; its handle is stale now.
+        fault: Handle,
+        /// The context.
+        ctx: Handle,
+        /// The address.
+        va: u64,
+    },
+    /// A job came to its end.
+    JobDone {
+        /// The context.
+        ctx: Handle,
+        /// The queue.
+        queue: Handle,
+        /// A `JOB_` constant.
+        status: u32,
+    },
+    /// CTRL_ENABLE was cleared.
+    Disabled {
+        /// What all contexts together still held.
+        leak: Leak,
+        /// Contexts not Free.
+        contexts_live: u32,
+    },
+    /// The function was reset: no handle is live.
+    Reset,
+}
+
+/// What the device has for a context at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ContextView {
+    /// It is Released: nothing is translated for it any more.
+    pub released: bool,
+    /// Valid leaves that a walk can reach; 0 if released or without a root.
+    pub live_leaves: u64,
+    /// The first of them: address and entry.
+    pub first_leaf: Option<(u64, u64)>,
+    /// Entries in TLBs.
+    pub tlb_entries: u64,
+    /// The first of them: address and entry.
+    pub first_tlb: Option<(u64, u64)>,
+    /// Address of an access that holds a translation now.
+    pub in_flight: Option<u64>,
+    /// Accesses parked on a fault.
+    pub parked_faults: u32,
+}
+
+/// The device, as the oracle may question it.
+///
+/// Called from [`super::Oracle::witness`] only, with none of the oracle's locks held; never from inside
+/// [`super::Oracle::event`], since the device may hold its own there.
+pub trait Inspect: Send + Sync {
+    /// The state of a context, or `None` if the handle is not live.
+    fn context(&self, ctx: Handle) -> Option<ContextView>;
+}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The rules, by name. What each rests on and why it spares correct drivers is in docs/rules.md.
+
+use std::fmt;
+
+use serde::{Serialize, Serializer};
+
+macro_rules! rules {
+    ($($(#[doc = $about:literal])+ $variant:ident = $name:literal;)+) => {
+        /// What can be broken.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[non_exhaustive]
+        pub enum Rule {
+            $($(#[doc = $about])+ $variant,)+
+        }
+
+        impl Rule {
+            /// Every rule, in the order of docs/rules.md.
+            pub const ALL: &'static [Rule] = &[$(Rule::$variant,)+];
+
+            /// Its stable name, `group/what`.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Rule::$variant => $name,)+
+                }
+            }
+
+            /// What must hold, one line.
+            #[must_use]
+            pub fn about(self) -> &'static str {
+                match self {
+                    $(Rule::$variant => concat!($($about),+).trim_ascii(),)+
+                }
+            }
+        }
+    };
+}
+
+rules! {
+    /// When release has returned for an address space, its contexts have no valid leaf, no TLB entry and no access in flight.
+    ReleaseLate = "release/late";
+    /// The same must hold, without exception, once exit's full-range UNMAP has returned.
+    ReleaseMapped = "release/mapped";
+    /// Nothing is mapped or accessed again for a released address space.
+    ReleaseRevived = "release/revived";
+    /// A context is released once.
+    ReleaseTwice = "release/twice";
+    /// After unregister nothing names the context, and no access goes through it.
+    UnregisterTouch = "unregister/touch";
+    /// Unregister and unload leave no page, queue or fault behind.
+    UnregisterLeak = "unregister/leak";
+    /// No stale or made-up handle is used.
+    UnknownHandle = "context/unknown-handle";
+    /// Every fault is answered within so many guest heartbeats.
+    FaultUnanswered = "fault/unanswered";
+    /// A fault of a released address space is cancelled, never served.
+    FaultAfterRelease = "fault/after-release";
+    /// CPU and device read what the workload's model says.
+    DataMismatch = "data/mismatch";
+    /// No tasks wait for each other for ever.
+    HangDeadlock = "hang/deadlock";
+    /// Work that goes on gets done.
+    HangLivelock = "hang/livelock";
+    /// No finished work goes unnoticed.
+    HangLostInterrupt = "hang/lost-interrupt";
+    /// The kernel does not oops or panic.
+    KernelOops = "kernel/oops";
+    /// The kernel does not warn.
+    KernelWarn = "kernel/warn";
+    /// KASAN finds nothing.
+    KernelKasan = "kernel/kasan";
+    /// Lockdep finds nothing.
+    KernelLockdep = "kernel/lockdep";
+    /// No task hangs by the kernel's own detector.
+    KernelHungTask = "kernel/hung-task";
+    /// kmemleak finds nothing.
+    KernelLeak = "kernel/leak";
+}
+
+impl Rule {
+    /// The rule of a name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|rule| rule.name() == name)
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl Serialize for Rule {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_lead_back() {
+        for &rule in Rule::ALL {
+            assert_eq!(Rule::from_name(rule.name()), Some(rule));
+            assert_eq!(Rule::ALL.iter().filter(|other| other.name() == rule.name()).count(), 1);
+            assert!(rule.about().ends_with('.'), "{rule}");
+        }
+        assert_eq!(Rule::from_name("release/never"), None);
+    }
+}
