@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The mirrored address spaces: which mm has which id, and how far its end has
+ * come.
+ *
+ * An mm is never held and never looked into: its address is a key, valid until
+ * its subscriptions are destroyed. Everything happens in probe handlers, so
+ * entries are allocated beforehand, and the lock is a raw spinlock. It is held
+ * across the reports: they must reach the host in the order of the changes,
+ * MM_BEGIN before all else and MM_END after all else of an id.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/errno.h>
+#include <linux/hashtable.h>
+#include <linux/list.h>
+#include <linux/mm.h>
+#include <linux/spinlock.h>
+#include <linux/string.h>
+
+#include "hmm_vgpu_regs.h"
+#include "witness.h"
+
+/* Address spaces that can be mirrored at once. */
+#define MAX_MMS 4096
+
+/**
+ * enum mm_state - how far the end of an address space has come
+ * @MM_LIVE: not at all
+ * @MM_RELEASED: the release notifiers have been called
+ * @MM_UNMAPPED: exit's full-range UNMAP has started
+ */
+enum mm_state {
+	MM_LIVE,
+	MM_RELEASED,
+	MM_UNMAPPED,
+};
+
+/**
+ * struct mirrored_mm - a mirrored address space
+ * @node: in the hash, or in the list of free entries
+ * @mm: its address
+ * @id: its id
+ * @state: how far its end has come
+ * @leaving: by sort, how many removals have begun and are not over
+ */
+struct mirrored_mm {
+	struct hlist_node node;
+	const struct mm_struct *mm;
+	u64 id;
+	enum mm_state state;
+	u32 leaving[WITNESS_NOTIFIERS];
+};
+
+static DEFINE_RAW_SPINLOCK(table_lock);
+static DEFINE_HASHTABLE(table, 8);
+static HLIST_HEAD(unused);
+static struct mirrored_mm *entries;
+/* Never starts again, even if the device is unplugged and comes back. */
+static u64 last_id;
+/* Moments lost for want of an entry, or found to have been lost. */
+static u64 missed;
+
+static struct mirrored_mm *find(const struct mm_struct *mm)
+{
+	struct mirrored_mm *entry;
+
+	lockdep_assert_held(&table_lock);
+	hash_for_each_possible(table, entry, node, (unsigned long)mm) {
+		if (entry->mm == mm)
+			return entry;
+	}
+	return NULL;
+}
+
+static void drop(struct mirrored_mm *entry)
+{
+	hash_del(&entry->node);
+	hlist_add_head(&entry->node, &unused);
+}
+
+static struct mirrored_mm *begin(const struct mm_struct *mm,
+				 enum witness_notifier sort)
+{
+	struct mirrored_mm *entry;
+
+	if (hlist_empty(&unused)) {
+		missed++;
+		return NULL;
+	}
+	entry = hlist_entry(unused.first, struct mirrored_mm, node);
+	hlist_del(&entry->node);
+	memset(entry, 0, sizeof(*entry));
+	entry->mm = mm;
+	entry->id = ++last_id;
+	hash_add(table, &entry->node, (unsigned long)mm);
+	witness_report(WITNESS_REC_MM_BEGIN, entry->id, sort, 0, 0, 0);
+	return entry;
+}
+
+static void report_removed(struct mirrored_mm *entry,
+			   enum witness_notifier sort)
+{
+	entry->leaving[sort]--;
+	witness_report(WITNESS_REC_NOTIFIER_REMOVED, entry->id, sort, 0, 0, 0);
+}
+
+/**
+ * mm_table_open - allocate the table
+ *
+ * Return: 0 or -ENOMEM.
+ */
+int mm_table_open(void)
+{
+	unsigned int i;
+
+	entries = kvcalloc(MAX_MMS, sizeof(*entries), GFP_KERNEL);
+	if (!entries)
+		return -ENOMEM;
+	hash_init(table);
+	INIT_HLIST_HEAD(&unused);
+	for (i = 0; i < MAX_MMS; i++)
+		hlist_add_head(&entries[i].node, &unused);
+	return 0;
+}
+
+/**
+ * mm_table_close - free the table
+ *
+ * No probe runs any more.
+ */
+void mm_table_close(void)
+{
+	kvfree(entries);
+	entries = NULL;
+}
+
+/**
+ * mm_table_has - does an mm have an id?
+ * @mm: the mm
+ */
+bool mm_table_has(const struct mm_struct *mm)
+{
+	unsigned long flags;
+	bool has;
+
+	raw_spin_lock_irqsave(&table_lock, flags);
+	has = find(mm);
+	raw_spin_unlock_irqrestore(&table_lock, flags);
+	return has;
+}
+
+/**
+ * mm_table_added - the running task has inserted a notifier
+ * @mm: into this mm; its id begins if it had none
+ * @sort: which sort
+ */
+void mm_table_added(const struct mm_struct *mm, enum witness_notifier sort)
+{
+	struct mirrored_mm *entry;
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&table_lock, flags);
+	entry = find(mm);
+	if (entry && entry->state != MM_LIVE) {
+		/*
+		 * Nothing can be inserted any more once release has run: this
+		 * is another mm at the same address, and the end of the one
+		 * before it was not seen.
+		 */
+		missed++;
+		drop(entry);
+		entry = NULL;
+	}
+	if (!entry)
+		entry = begin(mm, sort);
+	if (entry)
+		witness_report(WITNESS_REC_NOTIFIER_ADDED, entry->id, sort,
+			       0, 0, 0);
+	raw_spin_unlock_irqrestore(&table_lock, flags);
+}
+
+/**
+ * mm_table_removing - the removal of a notifier begins
+ * @mm: from this mm
+ * @sort: which sort
+ *
+ * Return: the mm's id, to be given to mm_table_removed(), or 0.
+ */
+u64 mm_table_removing(const struct mm_struct *mm, enum witness_notifier sort)
+{
+	struct mirrored_mm *entry;
+	unsigned long flags;
+	u64 id = 0;
+
+	raw_spin_lock_irqsave(&table_lock, flags);
+	entry = find(mm);
+	if (entry) {
+		entry->leaving[sort]++;
+		id = entry->id;
+	}
+	raw_spin_unlock_irqrestore(&table_lock, flags);
+	return id;
+}
+
+/**
+ * mm_table_removed - the removal of a notifier is over
+ * @mm: from this mm, which may be gone
+ * @id: what mm_table_removing() returned
+ * @sort: which sort
+ */
+void mm_table_removed(const struct mm_struct *mm, u64 id,
+		      enum witness_notifier sort)
+{
+	struct mirrored_mm *entry;
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&table_lock, flags);
+	entry = find(mm);
+	/* Else the removal was reported by mm_table_end(). */
+	if (entry && entry->id == id && entry->leaving[sort])
+		report_removed(entry, sort);
+	raw_spin_unlock_irqrestore(&table_lock, flags);
+}
+
+/**
+ * mm_table_released - the release notifiers have been called
+ * @mm: for this mm
+ */
+void mm_table_released(const struct mm_struct *mm)
+{
+	struct mirrored_mm *entry;
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&table_lock, flags);
+	entry = find(mm);
+	if (entry && entry->state == MM_LIVE) {
+		entry->state = MM_RELEASED;
+		witness_report(WITNESS_REC_MM_RELEASED, entry->id, 0, 0, 0, 0);
+	}
+	raw_spin_unlock_irqrestore(&table_lock, flags);
+}
+
+/**
+ * mm_table_awaits_unmap - is exit's full-range UNMAP what comes next?
+ * @mm: the mm
+ */
+bool mm_table_awaits_unmap(const struct mm_struct *mm)
+{
+	struct mirrored_mm *entry;
+	unsigned long flags;
+	bool awaits;
+
+	raw_spin_lock_irqsave(&table_lock, flags);
+	entry = find(mm);
+	awaits = entry && entry->state == MM_RELEASED;
+	raw_spin_unlock_irqrestore(&table_lock, flags);
+	return awaits;
+}
+
+/**
+ * mm_table_unmapped - the start of exit's full-range UNMAP is over
+ * @mm: the mm
+ */
+void mm_table_unmapped(const struct mm_struct *mm)
+{
+	struct mirrored_mm *entry;
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&table_lock, flags);
+	entry = find(mm);
+	if (entry && entry->state == MM_RELEASED) {
+		entry->state = MM_UNMAPPED;
+		witness_report(WITNESS_REC_MM_UNMAPPED, entry->id, 0, 0, 0, 0);
+	}
+	raw_spin_unlock_irqrestore(&table_lock, flags);
+}
+
+/**
+ * mm_table_end - the subscriptions are being destroyed: the id ends
+ * @mm: the mm
+ *
+ * The last removal drops the mm, and so can get here before it has returned.
+ * It is over all the same, since dropping is the last thing it does.
+ */
+void mm_table_end(const struct mm_struct *mm)
+{
+	struct mirrored_mm *entry;
+	unsigned long flags;
+	unsigned int sort;
+
+	raw_spin_lock_irqsave(&table_lock, flags);
+	entry = find(mm);
+	if (entry) {
+		for (sort = WITNESS_LIST; sort < WITNESS_NOTIFIERS; sort++) {
+			while (entry->leaving[sort])
+				report_removed(entry, sort);
+		}
+		witness_report(WITNESS_REC_MM_END, entry->id, 0, 0, 0, 0);
+		drop(entry);
+	}
+	raw_spin_unlock_irqrestore(&table_lock, flags);
+}
+
+/**
+ * mm_table_associate - report which context mirrors the running task
+ * @mm: the running task's mm
+ * @ctx: the context's handle
+ *
+ * Return: 0, or -ESRCH if the mm has no id.
+ */
+int mm_table_associate(const struct mm_struct *mm, u64 ctx)
+{
+	struct mirrored_mm *entry;
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&table_lock, flags);
+	entry = find(mm);
+	if (entry)
+		witness_report(WITNESS_REC_ASSOCIATE, entry->id, ctx, 0, 0, 0);
+	raw_spin_unlock_irqrestore(&table_lock, flags);
+	return entry ? 0 : -ESRCH;
+}
+
+/**
+ * mm_table_missed - moments that the table has lost
+ */
+u64 mm_table_missed(void)
+{
+	return READ_ONCE(missed);
+}
