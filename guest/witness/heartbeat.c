@@ -6,15 +6,11 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/err.h>
-#include <linux/fs.h>
 #include <linux/jiffies.h>
-#include <linux/kernel.h>
 #include <linux/kthread.h>
-#include <linux/panic.h>
 #include <linux/rcupdate.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
-#include <linux/sysrq.h>
 
 #include "hmm_vgpu_regs.h"
 #include "witness.h"
@@ -40,48 +36,6 @@ static u64 blocked_tasks(void)
 	return blocked;
 }
 
-/*
- * handle_sysrq() obeys the mask of allowed keys, and distributions leave the
- * dumps out of it. The way from a module to that mask is its sysctl.
- */
-static void allow_dumps(void)
-{
-	struct file *file;
-	loff_t pos = 0;
-	ssize_t done;
-
-	if (!IS_ENABLED(CONFIG_MAGIC_SYSRQ)) {
-		pr_warn_once("the host asks for a dump, but this kernel lacks CONFIG_MAGIC_SYSRQ\n");
-		return;
-	}
-	if (sysrq_mask() == 1 || (sysrq_mask() & SYSRQ_ENABLE_DUMP))
-		return;
-
-	file = filp_open("/proc/sys/kernel/sysrq", O_WRONLY, 0);
-	if (IS_ERR(file)) {
-		done = PTR_ERR(file);
-	} else {
-		done = kernel_write(file, "1\n", 2, &pos);
-		filp_close(file, NULL);
-	}
-	if (done < 0)
-		pr_warn("cannot allow sysrq dumps: error %zd; boot with sysrq_always_enabled\n",
-			done);
-}
-
-static void act(u32 requests)
-{
-	if (requests & (WITNESS_REQUEST_BLOCKED_TASKS |
-			WITNESS_REQUEST_ALL_CPUS))
-		allow_dumps();
-	if (requests & WITNESS_REQUEST_BLOCKED_TASKS)
-		handle_sysrq('w');
-	if (requests & WITNESS_REQUEST_ALL_CPUS)
-		handle_sysrq('l');
-	if (requests & WITNESS_REQUEST_PANIC)
-		panic("hmm_witness: the host asked for a panic");
-}
-
 static int heartbeat(void *unused)
 {
 	u64 count = 0;
@@ -95,7 +49,7 @@ static int heartbeat(void *unused)
 			break;
 		witness_report(WITNESS_REC_HEARTBEAT, 0, ++count,
 			       moments_missed(), blocked_tasks(), 0);
-		act(witness_requests());
+		requests_act(witness_requests());
 	}
 	__set_current_state(TASK_RUNNING);
 	return 0;

@@ -139,6 +139,7 @@ static int __init witness_init(void)
 {
 	int ret;
 
+	requests_allow();
 	ret = pci_register_driver(&witness_driver);
 	if (ret)
 		return ret;

@@ -51,6 +51,10 @@ u64 moments_missed(void);
 int heartbeat_start(void);
 void heartbeat_stop(void);
 
+/* requests.c: what the host asks for. */
+void requests_allow(void);
+void requests_act(u32 requests);
+
 /* chardev.c: /dev/hmm_witness. */
 int chardev_register(struct pci_dev *pdev);
 void chardev_unregister(struct pci_dev *pdev);
