@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note OR MIT */
+/*
+ * The ioctls of /dev/hmm_vgpu.
+ *
+ * The Rust side is vgpu/spec/src/uapi.rs, and a test holds the layouts against
+ * each other. Job ops, job flags and JOB_* statuses are in hmm_vgpu_regs.h.
+ */
+#ifndef HMM_VGPU_UAPI_H
+#define HMM_VGPU_UAPI_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+#define HMM_VGPU_DEVICE	"hmm_vgpu"
+#define HMM_VGPU_MAGIC	'v'
+
+/* Queues of a context. */
+#define HMM_VGPU_QUEUES	2
+/* How many of a queue's newest jobs HMM_VGPU_WAIT can still tell about. */
+#define HMM_VGPU_RESULTS	256
+
+/**
+ * struct hmm_vgpu_bind - mirror the caller's address space on the device
+ * @flags: in: must be zero
+ * @ctx: out: context handle
+ *
+ * EBUSY: the file has a context already. ENOSPC: the device has none left.
+ */
+struct hmm_vgpu_bind {
+	__u64 flags;
+	__u64 ctx;
+};
+
+/**
+ * struct hmm_vgpu_submit - queue one job
+ * @op: in: VGPU_JOB_OP_*
+ * @flags: in: VGPU_JOB_FLAG_*
+ * @queue: in: which of the context's queues
+ * @dst: in: destination address
+ * @src: in: source address
+ * @len: in: bytes, or number of accesses
+ * @operand: in: by op
+ * @fence: out: what to wait for; ascends from 1 in each queue
+ *
+ * EAGAIN: the queue is full. ESRCH: the address space has been released.
+ * EPERM: the caller runs in another address space than the bound one.
+ * ENXIO: not bound.
+ */
+struct hmm_vgpu_submit {
+	__u16 op;
+	__u16 flags;
+	__u32 queue;
+	__u64 dst;
+	__u64 src;
+	__u64 len;
+	__u64 operand[3];
+	__u64 fence;
+};
+
+/**
+ * struct hmm_vgpu_wait - wait for a job
+ * @fence: in: its fence
+ * @timeout_ns: in: how long at the most; 0 only asks
+ * @queue: in: its queue
+ * @status: out: VGPU_JOB_* status
+ * @result: out: by op
+ * @address: out: by op and status
+ *
+ * ETIME: not done in time. EINTR: a signal came first. EINVAL: no such fence
+ * was ever given out. ENODATA: more than HMM_VGPU_RESULTS jobs have ended since.
+ * EIO: the device has stopped answering. ENXIO: not bound.
+ */
+struct hmm_vgpu_wait {
+	__u64 fence;
+	__u64 timeout_ns;
+	__u32 queue;
+	__u32 status;
+	__u64 result;
+	__u64 address;
+};
+
+#define HMM_VGPU_STATE_UNBOUND	0
+#define HMM_VGPU_STATE_BOUND	1
+#define HMM_VGPU_STATE_RELEASED	2
+
+/**
+ * struct hmm_vgpu_query - what the driver counts for the file's context
+ * @ctx: context handle, or 0
+ * @state: HMM_VGPU_STATE_*
+ * @queues: number of queues a context has
+ * @faults_served: faults answered with a mapping
+ * @faults_cancelled: faults whose job was ended
+ * @fault_retries: times an invalidation came between looking and mapping
+ * @invalidations: invalidate callbacks
+ * @mapped_pages: pages mapped at the moment, in 4 KiB
+ * @huge_maps: 2 MiB leaves written so far
+ */
+struct hmm_vgpu_query {
+	__u64 ctx;
+	__u32 state;
+	__u32 queues;
+	__u64 faults_served;
+	__u64 faults_cancelled;
+	__u64 fault_retries;
+	__u64 invalidations;
+	__u64 mapped_pages;
+	__u64 huge_maps;
+};
+
+#define HMM_VGPU_BIND	_IOWR(HMM_VGPU_MAGIC, 1, struct hmm_vgpu_bind)
+#define HMM_VGPU_SUBMIT	_IOWR(HMM_VGPU_MAGIC, 2, struct hmm_vgpu_submit)
+#define HMM_VGPU_WAIT	_IOWR(HMM_VGPU_MAGIC, 3, struct hmm_vgpu_wait)
+#define HMM_VGPU_QUERY	_IOR(HMM_VGPU_MAGIC, 4, struct hmm_vgpu_query)
+/* Unregisters the context, as close does. ENXIO if not bound. */
+#define HMM_VGPU_UNBIND	_IO(HMM_VGPU_MAGIC, 5)
+
+#endif
