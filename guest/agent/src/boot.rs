@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What PID 1 does around the plan: file systems, settings, modules, the end.
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use guest_protocol::Message;
+use nix::errno::Errno;
+use nix::kmod::{DeleteModuleFlags, ModuleInitFlags, delete_module, finit_module};
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, sync};
+
+use crate::outcome::{Checked, Doing, Failure};
+use crate::process::Pause;
+use crate::report::{Host, Sink, note};
+
+/// How long a device node may take to appear once its module is loaded, and the last user of a module to go.
+const SETTLE: Duration = Duration::from_secs(10);
+
+/// (type, where, options); what a kernel does not have is done without.
+const MOUNTS: [(&str, &str, &str); 7] = [
+    ("devtmpfs", "/dev", "mode=0755"),
+    ("proc", "/proc", ""),
+    ("sysfs", "/sys", ""),
+    ("tmpfs", "/tmp", "mode=1777"),
+    ("tmpfs", "/dev/shm", "mode=1777"),
+    ("debugfs", "/sys/kernel/debug", ""),
+    ("tracefs", "/sys/kernel/tracing", ""),
+];
+
+/// Settings that the workloads need or that make a hang visible; best effort, since not every kernel has each.
+const SYSCTLS: [(&str, &str); 4] = [
+    ("kernel/sysrq", "1"),
+    ("kernel/hung_task_timeout_secs", "30"),
+    // All hung tasks of a run are to be seen, not only the first ten.
+    ("kernel/hung_task_warnings", "-1"),
+    ("vm/overcommit_memory", "1"),
+];
+
+/// Mounts what can be mounted.
+pub(crate) fn mount_all() {
+    for (kind, target, options) in MOUNTS {
+        let _ = std::fs::create_dir_all(target);
+        // Already there, or not in this kernel: whoever needs it says so.
+        let _ = mount(Some(kind), target, Some(kind), MsFlags::empty(), Some(options));
+    }
+}
+
+/// Makes the console this process's input and output. The kernel does so only if the initramfs has the node.
+pub(crate) fn take_console() {
+    if let Ok(console) = OpenOptions::new().read(true).write(true).open("/dev/console") {
+        let _ = dup2_stdin(&console);
+        let _ = dup2_stdout(&console);
+        let _ = dup2_stderr(&console);
+    }
+}
+
+/// What is known at once.
+pub(crate) fn booted() -> Message {
+    let kernel = nix::sys::utsname::uname()
+        .map(|name| name.release().to_string_lossy().into_owned())
+        .unwrap_or_default();
+    let uptime = std::fs::read_to_string("/proc/uptime")
+        .ok()
+        .and_then(|text| text.split_whitespace().next()?.parse::<f64>().ok())
+        .unwrap_or_default();
+    Message::Booted { kernel, cpus: cpus(), uptime_ms: (uptime * 1000.0) as u64 }
+}
+
+/// CPUs this process may use, which are all that are online.
+pub(crate) fn cpus() -> u32 {
+    std::thread::available_parallelism().map_or(1, |count| count.get() as u32)
+}
+
+/// Sets what the kernel lets be set.
+pub(crate) fn set_sysctls() {
+    for (name, value) in SYSCTLS {
+        let _ = std::fs::write(Path::new("/proc/sys").join(name), value);
+    }
+}
+
+/// Loads a module.
+pub(crate) fn load_module(path: &str, parameters: &str, host: &Host) -> Checked {
+    let file = File::open(path).map_err(|error| Failure::wrong(format!("{path}: {error}")))?;
+    let parameters =
+        CString::new(parameters).map_err(|_| Failure::wrong("module parameters contain a NUL byte"))?;
+    finit_module(&file, &parameters, ModuleInitFlags::empty()).doing(&format!("load {path}"))?;
+    let module = Path::new(path).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    host.send(&Message::ModuleLoaded { module });
+    Ok(())
+}
+
+/// Waits until a device node exists.
+pub(crate) fn wait_for_node(path: &str) -> Checked {
+    let until = Instant::now() + SETTLE;
+    let mut pause = Pause::default();
+    while !Path::new(path).exists() {
+        if Instant::now() > until {
+            return Err(Failure::wrong(format!("{path} did not appear: the module found no device?")));
+        }
+        pause.take();
+    }
+    Ok(())
+}
+
+/// Unloads a module that nobody should be using any more.
+pub(crate) fn unload_module(name: &str) -> Checked {
+    let name = CString::new(name).map_err(|_| Failure::wrong("a module name contains a NUL byte"))?;
+    let until = Instant::now() + SETTLE;
+    let mut pause = Pause::default();
+    loop {
+        match delete_module(&name, DeleteModuleFlags::O_NONBLOCK) {
+            // Files of processes that have just ended are closed a little later.
+            Err(Errno::EAGAIN | Errno::EBUSY) if Instant::now() < until => pause.take(),
+            other => return other.doing("delete_module"),
+        }
+    }
+}
+
+/// Kills and reaps every other process. Nothing that the plan started is meant to outlive its part of it.
+pub(crate) fn end_all_others() {
+    let until = Instant::now() + SETTLE;
+    let mut pause = Pause::default();
+    loop {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) => {}
+            // No child left. Everything else in user space would be one of ours.
+            Err(Errno::ECHILD) => return,
+            _ => continue,
+        }
+        if Instant::now() > until {
+            return note("some processes do not end");
+        }
+        let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
+        pause.take();
+    }
+}
+
+/// Ends the machine.
+pub(crate) fn power_off() -> ! {
+    sync();
+    let Err(errno) = reboot(RebootMode::RB_POWER_OFF);
+    note(&format!("power-off: {}", crate::outcome::describe(errno)));
+    // PID 1 must not end before the machine does: that would be a panic, and the host would see a panic.
+    loop {
+        std::thread::sleep(SETTLE);
+    }
+}

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A bound context and jobs on it, with the checks that every workload needs.
+
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use vgpu_spec::job;
+use vgpu_spec::uapi::Submit;
+
+use crate::device::{Device, DeviceFile};
+use crate::memory::{Mapping, PAGE, Pattern, peek};
+use crate::outcome::{Checked, Doing, Failure, require};
+use crate::process::{BOUND, Pause};
+
+/// A job to be queued.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Job(Submit);
+
+impl Job {
+    fn new(op: u16, dst: u64, src: u64, len: u64, operand: [u64; 3]) -> Self {
+        Self(Submit { op, dst, src, len, operand, ..Submit::default() })
+    }
+
+    /// Writes a pattern.
+    pub(crate) fn fill(dst: u64, bytes: usize, pattern: Pattern) -> Self {
+        Self::new(job::OP_FILL, dst, 0, bytes as u64, [pattern.first, pattern.step, 0])
+    }
+
+    /// Compares with a pattern.
+    pub(crate) fn check(src: u64, bytes: usize, pattern: Pattern) -> Self {
+        Self::new(job::OP_CHECK, 0, src, bytes as u64, [pattern.first, pattern.step, 0])
+    }
+
+    /// Copies.
+    pub(crate) fn copy(dst: u64, src: u64, bytes: usize) -> Self {
+        Self::new(job::OP_COPY, dst, src, bytes as u64, [0; 3])
+    }
+
+    /// Compares two ranges.
+    pub(crate) fn compare(dst: u64, src: u64, bytes: usize) -> Self {
+        Self::new(job::OP_COMPARE, dst, src, bytes as u64, [0; 3])
+    }
+
+    /// Adds `amount` to `count` words, `stride` bytes apart.
+    pub(crate) fn atomic_add(dst: u64, count: u64, stride: usize, amount: u64) -> Self {
+        Self::new(job::OP_ATOMIC_ADD, dst, 0, count, [amount, stride as u64, 0])
+    }
+
+    /// Reads `count` words, `stride` bytes apart.
+    pub(crate) fn strided_read(dst: u64, count: u64, stride: usize) -> Self {
+        Self::new(job::OP_STRIDED, dst, 0, count, [0, stride as u64, 0])
+    }
+
+    /// Writes `first`, `first + 1`, … to `count` words, `stride` bytes apart.
+    pub(crate) fn strided_write(dst: u64, count: u64, stride: usize, first: u64) -> Self {
+        Self::new(job::OP_STRIDED, dst, 0, count, [first, stride as u64, 0]).flags(job::FLAG_WRITE)
+    }
+
+    /// Reads `count` words of a range in random order.
+    pub(crate) fn random_read(dst: u64, bytes: usize, count: u64, seed: u64) -> Self {
+        Self::new(job::OP_RANDOM, dst, 0, count, [seed, bytes as u64, 0])
+    }
+
+    /// Xors `count` words of a range in random order.
+    pub(crate) fn random_write(dst: u64, bytes: usize, count: u64, seed: u64, xor: u64) -> Self {
+        Self::new(job::OP_RANDOM, dst, 0, count, [seed, bytes as u64, xor]).flags(job::FLAG_WRITE)
+    }
+
+    /// Adds flags.
+    pub(crate) fn flags(mut self, flags: u16) -> Self {
+        self.0.flags |= flags;
+        self
+    }
+
+    /// Puts it on another queue than 0.
+    pub(crate) fn queue(mut self, queue: u32) -> Self {
+        self.0.queue = queue;
+        self
+    }
+}
+
+/// A job that is queued.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ticket {
+    queue: u32,
+    fence: u64,
+}
+
+/// How a job ended.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Done {
+    /// A `JOB_` constant.
+    pub(crate) status: u32,
+    /// By job.
+    pub(crate) result: u64,
+    /// By job and status.
+    pub(crate) address: u64,
+}
+
+impl Done {
+    /// It must have been carried out.
+    pub(crate) fn ok(self) -> Checked<Self> {
+        require(self.status == job::JOB_OK, || format!("the job ended with {self}"))?;
+        Ok(self)
+    }
+
+    /// It was carried out, or met memory that is not there: both are right while memory is taken away.
+    pub(crate) fn ok_or_fault(self) -> Checked<Self> {
+        require(matches!(self.status, job::JOB_OK | job::JOB_FAULT), || {
+            format!("the job ended with {self}")
+        })?;
+        Ok(self)
+    }
+
+    /// It must have faulted in the page at `address`.
+    pub(crate) fn faulted_at(self, address: u64) -> Checked {
+        let page = !(PAGE as u64 - 1);
+        require(self.status == job::JOB_FAULT && self.address & page == address & page, || {
+            format!("the job should have faulted at {address:#x} but ended with {self}")
+        })
+    }
+}
+
+impl std::fmt::Display for Done {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let status = match self.status {
+            job::JOB_OK => "ok",
+            job::JOB_FAULT => "fault",
+            job::JOB_KILLED => "killed",
+            job::JOB_BAD => "bad job",
+            job::JOB_BUS_ERROR => "bus error",
+            _ => "an unknown status",
+        };
+        write!(out, "{status} ({}), result {:#x}, address {:#x}", self.status, self.result, self.address)
+    }
+}
+
+/// A file of the driver that is bound to this address space. Closed when dropped.
+pub(crate) struct Context {
+    file: Box<dyn DeviceFile>,
+    handle: u64,
+}
+
+impl Context {
+    /// Opens, binds, and tells the witness.
+    pub(crate) fn bind(device: &dyn Device) -> Checked<Self> {
+        let file = device.open().doing("open")?;
+        let until = Instant::now() + BOUND;
+        let mut pause = Pause::default();
+        let handle = loop {
+            match file.bind() {
+                // Files of processes that have just ended are closed a little later, so the contexts come back a little later.
+                Err(Errno::ENOSPC) if Instant::now() < until => pause.take(),
+                Err(Errno::EINTR) => {}
+                other => break other.doing("bind")?,
+            }
+        };
+        device.associate(handle).doing("associate")?;
+        Ok(Self { file, handle })
+    }
+
+    /// The context's handle.
+    pub(crate) fn handle(&self) -> u64 {
+        self.handle
+    }
+
+    /// Its file.
+    pub(crate) fn file(&self) -> &dyn DeviceFile {
+        &*self.file
+    }
+
+    /// Queues a job.
+    pub(crate) fn submit(&self, job: Job) -> Checked<Ticket> {
+        let until = Instant::now() + BOUND;
+        let mut pause = Pause::default();
+        loop {
+            match self.file.submit(&job.0) {
+                Ok(fence) => return Ok(Ticket { queue: job.0.queue, fence }),
+                Err(Errno::EAGAIN | Errno::EINTR) if Instant::now() < until => pause.take(),
+                Err(errno) => return Err(errno).doing("submit"),
+            }
+        }
+    }
+
+    /// Waits for a job, in bounded time.
+    pub(crate) fn wait(&self, ticket: Ticket) -> Checked<Done> {
+        let until = Instant::now() + BOUND;
+        loop {
+            let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            match self.file.wait(ticket.queue, ticket.fence, left) {
+                Ok(wait) => {
+                    return Ok(Done { status: wait.status, result: wait.result, address: wait.address });
+                }
+                Err(Errno::EINTR) if Instant::now() < until => {}
+                Err(errno) => return Err(errno).doing("wait"),
+            }
+        }
+    }
+
+    /// Runs a job to its end.
+    pub(crate) fn run(&self, job: Job) -> Checked<Done> {
+        self.wait(self.submit(job)?)
+    }
+
+    /// The device writes a pattern.
+    pub(crate) fn fill(&self, map: &Mapping, offset: usize, bytes: usize, pattern: Pattern) -> Checked {
+        self.run(Job::fill(map.at(offset), bytes, pattern))?.ok().doing("device fill").map(drop)
+    }
+
+    /// The device must find a pattern.
+    pub(crate) fn check(&self, map: &Mapping, offset: usize, bytes: usize, pattern: Pattern) -> Checked {
+        let start = map.at(offset);
+        let done = self.run(Job::check(start, bytes, pattern))?.ok().doing("device check")?;
+        if done.result == 0 {
+            return Ok(());
+        }
+        let expected = pattern.word(done.address.wrapping_sub(start) as usize);
+        // What the device saw is gone; what is there now is the best that can be said.
+        let found = peek(done.address).unwrap_or_default();
+        let failure = Failure::device(self.handle, done.address, expected, found);
+        Err(failure.at(&format!("device check: {} words differ (found is a second reading)", done.result)))
+    }
+
+    /// The CPU must find a pattern.
+    pub(crate) fn cpu_check(&self, map: &Mapping, offset: usize, bytes: usize, pattern: Pattern) -> Checked {
+        match map.differs(offset, bytes, pattern) {
+            None => Ok(()),
+            Some((at, found)) => Err(Failure::cpu(self.handle, map.at(at), pattern.word(at - offset), found)),
+        }
+    }
+
+    /// Reading and writing at `offset` must both fault.
+    pub(crate) fn must_not_reach(&self, map: &Mapping, offset: usize) -> Checked {
+        self.must_not_read(map, offset)?;
+        self.must_not_write(map, offset)
+    }
+
+    /// Reading at `offset` must fault.
+    pub(crate) fn must_not_read(&self, map: &Mapping, offset: usize) -> Checked {
+        self.run(Job::check(map.at(offset), 8, Pattern::ZERO))?
+            .faulted_at(map.at(offset))
+            .doing("device read")
+    }
+
+    /// Writing at `offset` must fault.
+    pub(crate) fn must_not_write(&self, map: &Mapping, offset: usize) -> Checked {
+        let pattern = Pattern { first: 0xbad, step: 0 };
+        self.run(Job::fill(map.at(offset), 8, pattern))?.faulted_at(map.at(offset)).doing("device write")
+    }
+}
