@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Interrupts. All handlers are threaded: each begins by clearing its cause, a
- * register access that costs tens of microseconds under emulation, and then
- * looks in memory for what there is to do. So a message that is lost because its
- * cause was still pending costs nothing.
+ * Interrupts. All handlers are threaded, and look in memory for what there is to
+ * do: messages coalesce. The device sends one for each piece of news, whether or
+ * not the cause was pending; so a vector with one cause is not cleared, which
+ * would cost a register access, tens of microseconds under emulation.
  *
  * The thread of the fault buffer only hands faults out to their contexts, each
  * of which has a work item. It never waits for an address space, so one context
@@ -110,11 +110,11 @@ static irqreturn_t vgpu_irq_thread(int irq, void *data)
 	for (i = 0; i < VGPU_VECTORS; i++)
 		if (pci_irq_vector(vdev->pdev, i % vdev->vectors) == irq)
 			causes |= BIT(i);
-	if (vdev->vectors < VGPU_VECTORS)
+	if (vdev->vectors < VGPU_VECTORS) {
 		causes &= vgpu_read(vdev, VGPU_REG_IRQ_STATUS);
-	if (!causes)
-		return IRQ_HANDLED;
-	vgpu_write(vdev, VGPU_REG_IRQ_STATUS, causes);
+		/* Cleared before we look: what comes later sends again. */
+		vgpu_write(vdev, VGPU_REG_IRQ_STATUS, causes);
+	}
 
 	if (causes & BIT(VGPU_VECTOR_FAULT))
 		vgpu_irq_faults(vdev);

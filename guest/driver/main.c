@@ -142,7 +142,6 @@ static int vgpu_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 err_irq:
 	vgpu_write(vdev, VGPU_REG_CTRL, 0);
 	vgpu_irq_stop(vdev);
-	pci_clear_master(pdev);
 	vgpu_irq_fini(vdev);
 err_cmd:
 	pci_clear_master(pdev);

@@ -6,7 +6,6 @@
  */
 #include <linux/dma-mapping.h>
 #include <linux/ktime.h>
-#include <linux/sched/signal.h>
 #include <linux/slab.h>
 
 #include "hmm_vgpu.h"
@@ -230,7 +229,10 @@ int vgpu_queue_wait(struct vgpu_ctx *ctx, struct vgpu_queue *q,
 				vgpu_is_dead(ctx->vdev), timeout);
 		if (ret == -ERESTARTSYS)
 			return -EINTR;
-		if (ret)
+		/* A job that asked for no interrupt may have ended unseen. */
+		if (ret == -ETIME)
+			vgpu_queue_scan(q);
+		if (ret && !vgpu_queue_reached(q, arg->fence))
 			return ret;
 		if (!vgpu_queue_reached(q, arg->fence))
 			return -EIO;
