@@ -4,29 +4,40 @@
 //! It is fed by the device ([`Oracle::event`], [`Oracle::access`]) and by the guest's witness module ([`Oracle::witness`]).
 //! The rules and their reasons are in docs/rules.md.
 //!
-//! Locks: `state`, `trace` and `sinks` are each held for moments and never while another is taken, except `state` before
-//! `trace`. None is held while the device is asked ([`Inspect`]) or a sink is called, so the device may call in with its own
+//! Locks: each is held for moments and never while another is taken. None is held while the device is asked ([`Inspect`]) or a sink is called, so the device may call in with its own
 //! locks held.
 
 mod event;
 mod rule;
+mod state;
+mod trace;
 mod violation;
+
+#[cfg(test)]
+mod model_test;
+#[cfg(test)]
+mod oracle_test;
 
 pub use event::{ContextView, DeviceEvent, Inspect, Leak};
 pub use rule::Rule;
 pub use violation::{OracleCounters, Violation};
 
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use vgpu_spec::handle::Handle;
-use vgpu_spec::witness::Record;
+use vgpu_spec::pte;
+use vgpu_spec::witness::{self, Record};
+
+use state::{Finding, Moment, State, Watched};
+use trace::{Trace, What};
 
 /// How the oracle judges.
 #[derive(Clone, Copy, Debug)]
 pub struct OracleConfig {
-    /// Judge; else only the counters are kept.
+    /// Judge; else only contexts, address spaces and the witness's records are counted.
     pub enabled: bool,
     /// Guest heartbeats (a tenth of a second each) within which a fault must be answered.
     pub fault_heartbeats: u64,
@@ -45,13 +56,39 @@ impl Default for OracleConfig {
 /// Called with each violation, the first time it is seen.
 pub type ViolationSink = Box<dyn Fn(&Violation) + Send + Sync>;
 
+/// What makes two violations the same one: rule and context, and for those reported from outside the sentence as well.
+type Key = (Rule, Option<u64>, Option<String>);
+
+#[derive(Default)]
+struct Kept {
+    list: Vec<Violation>,
+    index: HashMap<Key, usize>,
+    suppressed: u64,
+}
+
+impl Kept {
+    /// Whether it is a new one, and there is room. Counts it otherwise.
+    fn is_new(&mut self, key: &Key, max: usize) -> bool {
+        if let Some(old) = self.index.get(key).and_then(|&at| self.list.get_mut(at)) {
+            old.count += 1;
+            return false;
+        }
+        if self.list.len() >= max {
+            self.suppressed += 1;
+            return false;
+        }
+        true
+    }
+}
+
 /// Judges the device's and the witness's events.
 pub struct Oracle {
     config: OracleConfig,
-    /// By context index: the handle of the context if its accesses have to be looked at, else 0.
-    watched: Box<[AtomicU64]>,
-    events: AtomicU64,
-    violations: Mutex<Vec<Violation>>,
+    watched: Watched,
+    trace: Trace,
+    state: Mutex<State>,
+    kept: Mutex<Kept>,
+    witness_records: AtomicU64,
     device: Mutex<Option<Weak<dyn Inspect>>>,
     sinks: Mutex<Vec<Arc<dyn Fn(&Violation) + Send + Sync>>>,
 }
@@ -62,9 +99,11 @@ impl Oracle {
     pub fn new(config: OracleConfig) -> Arc<Self> {
         Arc::new(Self {
             config,
-            watched: (0..config.contexts).map(|_| AtomicU64::new(0)).collect(),
-            events: AtomicU64::new(0),
-            violations: Mutex::new(Vec::new()),
+            watched: Watched::new(if config.enabled { config.contexts } else { 0 }),
+            trace: Trace::new(config.enabled),
+            state: Mutex::new(State::new(config.fault_heartbeats)),
+            kept: Mutex::new(Kept::default()),
+            witness_records: AtomicU64::new(0),
             device: Mutex::new(None),
             sinks: Mutex::new(Vec::new()),
         })
@@ -76,41 +115,171 @@ impl Oracle {
     }
 
     /// Something happened on the device.
+    ///
+    /// To be called before the guest can learn of it, and for one context or fault in the order in which things happened.
     pub fn event(&self, event: DeviceEvent) {
-        self.events.fetch_add(1, SeqCst);
-        let _ = event;
+        use DeviceEvent as E;
+        if self.config.enabled {
+            self.trace.push(What::Device(event));
+            match event {
+                E::LeafCleared { .. }
+                | E::Invalidate { .. }
+                | E::InvalidateDone { .. }
+                | E::JobDone { .. } => return,
+                E::LeafSet { ctx, .. } if !self.watched.contains(ctx) => return,
+                _ => {}
+            }
+        } else if !matches!(event, E::ContextBound { .. } | E::ContextUnbound { .. } | E::Reset) {
+            return;
+        }
+        let mut found = Vec::new();
+        self.state.lock().device(&event, &self.watched, &mut found);
+        self.raise(found);
     }
 
-    /// An access is about to touch memory: its translation is done and counts as in flight.
+    /// An access is about to touch memory: its translation is done, and [`Inspect`] shows it as in flight.
+    ///
+    /// One load when nothing is wrong.
     #[inline]
     pub fn access(&self, ctx: Handle, va: u64, frame: u64, access: u32) {
-        if let Some(watched) = self.watched.get(ctx.index() as usize) {
-            if watched.load(SeqCst) == ctx.0 {
-                self.access_watched(ctx, va, frame, access);
-            }
+        if self.watched.contains(ctx) {
+            self.access_watched(ctx, va, frame, access);
         }
     }
 
     #[cold]
-    fn access_watched(&self, _ctx: Handle, _va: u64, _frame: u64, _access: u32) {}
+    fn access_watched(&self, ctx: Handle, va: u64, frame: u64, access: u32) {
+        let mut found = Vec::new();
+        self.state.lock().access(ctx, va, frame, &mut found);
+        let new = |finding: &Finding| !self.kept.lock().index.contains_key(&key(finding));
+        if found.iter().any(new) {
+            self.trace.push(What::Access { ctx, va, frame, access });
+        }
+        self.raise(found);
+    }
 
     /// The witness reports. Returns when the record has been judged.
     pub fn witness(&self, record: &Record) {
-        self.events.fetch_add(1, SeqCst);
-        let _ = record;
+        self.witness_records.fetch_add(1, Relaxed);
+        let traced = !matches!(record.kind, witness::HEARTBEAT | witness::MESSAGE);
+        if self.config.enabled && traced {
+            self.trace.push(What::Witness(*record));
+        }
+        let arg = record.arg[0];
+        match record.kind {
+            witness::HELLO => self.state.lock().hello(),
+            witness::HEARTBEAT => self.heartbeat(record.arg[1]),
+            witness::MM_BEGIN => self.state.lock().begin(record.mm, record.tgid),
+            witness::NOTIFIER_ADDED => self.state.lock().notifier(record.mm, 1, &self.watched),
+            witness::NOTIFIER_REMOVED => self.state.lock().notifier(record.mm, -1, &self.watched),
+            witness::ASSOCIATE => self.associate(record.mm, Handle(arg)),
+            witness::MM_RELEASED => self.look(record.mm, Moment::Released),
+            witness::MM_UNMAPPED => self.look(record.mm, Moment::Unmapped),
+            witness::MM_END => {
+                self.look(record.mm, Moment::End);
+                self.state.lock().end(record.mm);
+            }
+            witness::BYE => self.state.lock().bye(arg),
+            witness::MESSAGE => {}
+            _ => self.state.lock().bad_records += 1,
+        }
+    }
+
+    /// The witness announced a record that cannot be read or is none.
+    pub(crate) fn bad_record(&self) {
+        self.state.lock().bad_records += 1;
+    }
+
+    fn inspect(&self, ctx: Handle) -> Option<ContextView> {
+        let device = self.device.lock().as_ref().and_then(Weak::upgrade)?;
+        device.context(ctx)
+    }
+
+    fn associate(&self, mm: u64, ctx: Handle) {
+        let known = self.state.lock().knows(ctx);
+        let live = known || self.inspect(ctx).is_some();
+        self.state.lock().associate(mm, ctx, live, &self.watched);
+    }
+
+    /// Looks at what the contexts of an address space still have.
+    fn look(&self, mm: u64, moment: Moment) {
+        // From here on the contexts' accesses are watched, so none slips through between the look and the watch.
+        let concerned = self.state.lock().moment(mm, moment, &self.watched);
+        if !self.config.enabled {
+            return;
+        }
+        for ctx in concerned {
+            let view = self.inspect(ctx);
+            let mut found = Vec::new();
+            self.state.lock().looked(mm, moment, ctx, view, &mut found);
+            self.raise(found);
+        }
+    }
+
+    fn heartbeat(&self, missed: u64) {
+        if self.config.enabled {
+            self.trace.heartbeat();
+        }
+        let overdue = self.state.lock().heartbeat(missed);
+        for ctx in overdue {
+            // Without a device to ask, its events have to do.
+            let asked = self.device.lock().is_some();
+            let parked = !asked || self.inspect(ctx).is_some_and(|view| view.parked_faults > 0);
+            let mut found = Vec::new();
+            self.state.lock().looked_for_faults(ctx, parked, &mut found);
+            self.raise(found);
+        }
+    }
+
+    fn raise(&self, found: Vec<Finding>) {
+        if !self.config.enabled {
+            return;
+        }
+        for finding in found {
+            let key = key(&finding);
+            if !self.kept.lock().is_new(&key, self.config.max_violations) {
+                continue;
+            }
+            let page = finding.va.map(|va| va >> pte::PAGE_SHIFT << pte::PAGE_SHIFT);
+            let mut violation = Violation::new(finding.rule, finding.summary).at(finding.va, finding.frame);
+            violation.events = self.trace.last(finding.ctx, finding.mm, page);
+            if let Some(ctx) = finding.ctx {
+                violation = violation.on(ctx);
+            }
+            self.keep(key, violation);
+        }
+    }
+
+    /// Adds it, unless another thread was faster, and tells the sinks.
+    fn keep(&self, key: Key, violation: Violation) {
+        {
+            let mut kept = self.kept.lock();
+            if !kept.is_new(&key, self.config.max_violations) {
+                return;
+            }
+            let at = kept.list.len();
+            kept.index.insert(key, at);
+            kept.list.push(violation.clone());
+        }
+        let sinks = self.sinks.lock().clone();
+        for sink in &sinks {
+            sink(&violation);
+        }
     }
 
     /// Takes a violation found elsewhere: by the console's reader, a workload or a watchdog.
-    pub fn report(&self, violation: Violation) {
-        let mut kept = self.violations.lock();
-        if kept.len() < self.config.max_violations {
-            kept.push(violation.clone());
-            drop(kept);
-            let sinks = self.sinks.lock().clone();
-            for sink in &sinks {
-                sink(&violation);
+    ///
+    /// Taken even if the oracle is not enabled: a kernel that oopses is no matter of taste. If it names a context and has no
+    /// events, the last ones are added.
+    pub fn report(&self, mut violation: Violation) {
+        if violation.events.is_empty() {
+            if let Some(ctx) = violation.context.map(Handle) {
+                let mm = self.state.lock().mm_of(ctx);
+                violation.events = self.trace.last(Some(ctx), mm, violation.address);
             }
         }
+        let key = (violation.rule, violation.context, Some(violation.summary.clone()));
+        self.keep(key, violation);
     }
 
     /// Calls `sink` with each violation from now on. It may be called on a device's thread: it must not block or call the device.
@@ -121,12 +290,33 @@ impl Oracle {
     /// What was broken so far.
     #[must_use]
     pub fn violations(&self) -> Vec<Violation> {
-        self.violations.lock().clone()
+        self.kept.lock().list.clone()
     }
 
     /// What was seen so far.
     #[must_use]
     pub fn counters(&self) -> OracleCounters {
-        OracleCounters { events: self.events.load(SeqCst), ..OracleCounters::default() }
+        let suppressed = self.kept.lock().suppressed;
+        let events = self.trace.len();
+        let state = self.state.lock();
+        OracleCounters {
+            contexts: state.bound,
+            address_spaces: state.address_spaces,
+            releases: state.releases,
+            unregisters: state.unbound,
+            heartbeats: state.heartbeats,
+            probes_missed: state.probes_missed,
+            unassociated_contexts: state.unassociated(),
+            witness_records: self.witness_records.load(Relaxed),
+            bad_records: state.bad_records,
+            bad_associations: state.bad_associations,
+            stale_answers: state.stale_answers,
+            events,
+            suppressed,
+        }
     }
+}
+
+fn key(finding: &Finding) -> Key {
+    (finding.rule, finding.ctx.map(|ctx| ctx.0), None)
 }

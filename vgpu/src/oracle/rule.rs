@@ -102,6 +102,18 @@ impl Serialize for Rule {
 mod tests {
     use super::*;
 
+    struct Serialized(Rule);
+    impl fmt::Display for Serialized {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            self.0.serialize(f)
+        }
+    }
+
+    #[test]
+    fn it_serialises_as_its_name() {
+        assert_eq!(Serialized(Rule::ReleaseLate).to_string(), "release/late");
+    }
+
     #[test]
     fn names_are_unique_and_lead_back() {
         for &rule in Rule::ALL {
