@@ -42,6 +42,7 @@ enum mm_state {
  * @mm: its address
  * @id: its id
  * @state: how far its end has come
+ * @present: by sort, how many notifiers have been added and not removed
  * @leaving: by sort, how many removals have begun and are not over
  */
 struct mirrored_mm {
@@ -49,6 +50,7 @@ struct mirrored_mm {
 	const struct mm_struct *mm;
 	u64 id;
 	enum mm_state state;
+	u32 present[WITNESS_NOTIFIERS];
 	u32 leaving[WITNESS_NOTIFIERS];
 };
 
@@ -102,6 +104,9 @@ static void report_removed(struct mirrored_mm *entry,
 			   enum witness_notifier sort)
 {
 	entry->leaving[sort]--;
+	/* It is zero for a notifier from before the witness was loaded. */
+	if (entry->present[sort])
+		entry->present[sort]--;
 	witness_report(WITNESS_REC_NOTIFIER_REMOVED, entry->id, sort, 0, 0, 0);
 }
 
@@ -174,9 +179,11 @@ void mm_table_added(const struct mm_struct *mm, enum witness_notifier sort)
 	}
 	if (!entry)
 		entry = begin(mm, sort);
-	if (entry)
+	if (entry) {
+		entry->present[sort]++;
 		witness_report(WITNESS_REC_NOTIFIER_ADDED, entry->id, sort,
 			       0, 0, 0);
+	}
 	raw_spin_unlock_irqrestore(&table_lock, flags);
 }
 
@@ -282,6 +289,9 @@ void mm_table_unmapped(const struct mm_struct *mm)
  *
  * The last removal drops the mm, and so can get here before it has returned.
  * It is over all the same, since dropping is the last thing it does.
+ *
+ * Not every miss is counted where it happens (the function graph tracer counts
+ * none), but an end that lacks what must come before it gives it away.
  */
 void mm_table_end(const struct mm_struct *mm)
 {
@@ -295,7 +305,10 @@ void mm_table_end(const struct mm_struct *mm)
 		for (sort = WITNESS_LIST; sort < WITNESS_NOTIFIERS; sort++) {
 			while (entry->leaving[sort])
 				report_removed(entry, sort);
+			missed += entry->present[sort];
 		}
+		if (entry->state != MM_UNMAPPED)
+			missed++;
 		witness_report(WITNESS_REC_MM_END, entry->id, 0, 0, 0, 0);
 		drop(entry);
 	}
