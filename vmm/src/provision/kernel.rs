@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Guest kernels: Debian's by name, or a tree that the user built.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::cache::{Cache, Item, Made, Wanted};
+use super::debian::{self, Extract};
+use crate::event::EventSink;
+use crate::failure::{Failure, Result};
+
+/// A kernel that can be had by name.
+#[derive(Clone, Copy, Debug)]
+pub struct NamedKernel {
+    /// The name.
+    pub name: &'static str,
+    /// What it is, for people.
+    pub about: &'static str,
+    suite: &'static str,
+    backports: bool,
+}
+
+/// All of them; the first is the default.
+pub const KERNELS: &[NamedKernel] = &[
+    NamedKernel {
+        name: "backports",
+        about: "Debian 13 backports: the newest cloud kernel there (7.x); device-private memory",
+        suite: "trixie",
+        backports: true,
+    },
+    NamedKernel {
+        name: "trixie",
+        about: "Debian 13 cloud kernel (6.12); no device-private memory",
+        suite: "trixie",
+        backports: false,
+    },
+    NamedKernel {
+        name: "bookworm",
+        about: "Debian 12 cloud kernel (6.1); no device-private memory",
+        suite: "bookworm",
+        backports: false,
+    },
+];
+
+/// Change it when what is fetched, or how it is laid out, changes.
+const RECIPE: &str = "cloud image, headers, gcc, make; 1";
+
+/// Image and headers come in one transaction, so that they always fit each other. The small tools are what kbuild calls.
+const PACKAGES: &[&str] = &[
+    "linux-image-cloud-amd64",
+    "linux-headers-cloud-amd64",
+    "gcc",
+    "make",
+    "dash",
+    "coreutils",
+    "sed",
+    "grep",
+    "mawk",
+    "findutils",
+];
+
+/// A kernel to boot and to build modules for.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// The name or path it was asked for by.
+    pub name: String,
+    /// What `uname -r` says in it.
+    pub release: String,
+    /// Version of its package, where it has one.
+    pub version: Option<String>,
+    /// What a machine boots: a bzImage or an ELF vmlinux.
+    pub image: PathBuf,
+    /// Its configuration.
+    pub config: Option<PathBuf>,
+    pub(super) build: Build,
+}
+
+/// What its modules are built in.
+#[derive(Clone, Debug)]
+pub(super) enum Build {
+    /// A file system tree with compiler and headers.
+    Root { item: Item, headers: String },
+    /// A built kernel tree, with the host's compiler.
+    Tree(PathBuf),
+}
+
+impl Kernel {
+    /// The value of a configuration option (`HMM_MIRROR`, without `CONFIG_`), if it is set.
+    #[must_use]
+    pub fn option(&self, name: &str) -> Option<String> {
+        let text = fs::read_to_string(self.config.as_ref()?).ok()?;
+        let prefix = format!("CONFIG_{name}=");
+        text.lines().find_map(|line| line.strip_prefix(&prefix)).map(|value| value.trim_matches('"').to_owned())
+    }
+
+    /// The directory with the modules that came with it, where there is one.
+    #[must_use]
+    pub fn modules_dir(&self) -> Option<PathBuf> {
+        match &self.build {
+            Build::Root { item, .. } => {
+                let dir = item.path.join("root/usr/lib/modules").join(&self.release);
+                dir.is_dir().then_some(dir)
+            }
+            Build::Tree(_) => None,
+        }
+    }
+}
+
+pub(super) fn provide(cache: &Cache, events: &Arc<dyn EventSink>, name_or_tree: &str) -> Result<Kernel> {
+    if let Some(named) = KERNELS.iter().find(|kernel| kernel.name == name_or_tree) {
+        return debian_kernel(cache, events, named);
+    }
+    let path = Path::new(name_or_tree);
+    let tree = || name_or_tree.to_owned();
+    if path.is_dir() {
+        return built_tree(tree(), path);
+    }
+    if path.is_file() {
+        check_image(path)?;
+        return Err(Failure::usage(format!("{name_or_tree} is a kernel image alone: no modules can be built for it"))
+            .remedy("give the directory of the built kernel tree instead; it is found at arch/x86/boot/bzImage or vmlinux"));
+    }
+    let names: Vec<&str> = KERNELS.iter().map(|kernel| kernel.name).collect();
+    Err(Failure::usage(format!("no kernel is named '{name_or_tree}', and no directory is"))
+        .remedy(format!("names are {}; a directory must be a built kernel tree", names.join(", "))))
+}
+
+/// The kernels that are in the cache, by name, without making any.
+pub(crate) fn cached(cache: &Cache) -> Vec<Kernel> {
+    KERNELS
+        .iter()
+        .filter_map(|named| cache.get(&item_name(named), RECIPE).and_then(|item| from_item(named, item).ok()))
+        .collect()
+}
+
+fn item_name(named: &NamedKernel) -> String {
+    format!("kernel-{}", named.name)
+}
+
+fn debian_kernel(cache: &Cache, events: &Arc<dyn EventSink>, named: &NamedKernel) -> Result<Kernel> {
+    let item = item_name(named);
+    let step = format!("kernel {}", named.name);
+    let wanted = Wanted {
+        item: &item,
+        step: &step,
+        about: "fetching the guest kernel with what its modules are built in",
+        recipe: RECIPE,
+        bytes: 700_000_000,
+    };
+    let item = cache.ensure(&wanted, events, &mut |partial| {
+        let what =
+            Extract { suite: named.suite, backports: named.backports, packages: PACKAGES, step: &step };
+        let packages = debian::extract(cache, events, partial, &what)?;
+        let root = partial.path.join("root");
+        let (release, image, config) = find_image(&root)?;
+        let headers = format!("usr/src/linux-headers-{release}");
+        let mut versions = BTreeMap::from([("release".to_owned(), release.clone())]);
+        for (package, version) in packages {
+            if package.starts_with("linux-image-") || package.starts_with("gcc-1") || package == "make" {
+                versions.insert(package, version);
+            }
+        }
+        let mut key_files = vec![format!("root/{image}"), format!("root/{config}")];
+        for file in ["Makefile", ".config", "Module.symvers", "include/config/kernel.release"] {
+            if root.join(&headers).join(file).exists() {
+                key_files.push(format!("root/{headers}/{file}"));
+            }
+        }
+        // The tools that every build runs, and the libraries they load.
+        for dir in ["usr/bin", "usr/lib/x86_64-linux-gnu", "usr/libexec/gcc", "usr/lib/gcc"] {
+            if !root.join(dir).is_dir() {
+                continue;
+            }
+            super::cache::walk(&root.join(dir), &mut |file, meta| {
+                if meta.is_file() {
+                    key_files.push(format!("root/{dir}/{}", file.display()));
+                }
+            })
+            .map_err(|e| cache.trouble("looking through the kernel's packages", &e))?;
+        }
+        Ok(Made { versions, key_files })
+    })?;
+    from_item(named, item)
+}
+
+fn from_item(named: &NamedKernel, item: Item) -> Result<Kernel> {
+    let root = item.path.join("root");
+    let (release, image, config) = find_image(&root)?;
+    let image = root.join(image);
+    check_image(&image)?;
+    let version =
+        item.manifest.versions.iter().find(|(name, _)| name.contains(&release)).map(|(_, version)| version.clone());
+    let headers = format!("/usr/src/linux-headers-{release}");
+    Ok(Kernel {
+        name: named.name.into(),
+        release,
+        version,
+        image,
+        config: Some(root.join(config)),
+        build: Build::Root { item, headers },
+    })
+}
+
+/// Finds release, image and configuration in an unpacked image package. From 7.x on they are beside the modules.
+fn find_image(root: &Path) -> Result<(String, String, String)> {
+    let names = |dir: &str| -> Vec<String> {
+        let entries = fs::read_dir(root.join(dir)).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    };
+    for name in names("boot") {
+        if let Some(release) = name.strip_prefix("vmlinuz-") {
+            return Ok((release.to_owned(), format!("boot/{name}"), format!("boot/config-{release}")));
+        }
+    }
+    for release in names("usr/lib/modules") {
+        let dir = format!("usr/lib/modules/{release}");
+        if root.join(&dir).join("vmlinuz").is_file() {
+            return Ok((release, format!("{dir}/vmlinuz"), format!("{dir}/config")));
+        }
+    }
+    Err(Failure::environment(format!("no kernel image was in the packages unpacked in {}", root.display()))
+        .remedy("Debian's kernel packages may have changed their layout; please report it"))
+}
+
+/// A kernel tree that the user built.
+fn built_tree(name: String, dir: &Path) -> Result<Kernel> {
+    let dir = fs::canonicalize(dir).map_err(|e| Failure::usage(format!("cannot use {}: {e}", dir.display())))?;
+    let image = ["arch/x86/boot/bzImage", "vmlinux"].iter().map(|file| dir.join(file)).find(|file| file.is_file());
+    let mut missing = Vec::new();
+    if image.is_none() {
+        missing.push("arch/x86/boot/bzImage or vmlinux");
+    }
+    for file in ["Makefile", "Module.symvers", "include/config/kernel.release", "include/generated/autoconf.h", "scripts/mod/modpost"] {
+        if !dir.join(file).is_file() {
+            missing.push(file);
+        }
+    }
+    let (Some(image), true) = (image, missing.is_empty()) else {
+        return Err(Failure::usage(format!(
+            "{} is not a built kernel tree: it lacks {}",
+            dir.display(),
+            missing.join(", ")
+        ))
+        .remedy("build it first: make -j$(nproc) bzImage modules   (Module.symvers comes with 'modules')"));
+    };
+    check_image(&image)?;
+    let release = fs::read_to_string(dir.join("include/config/kernel.release"))
+        .map_err(|e| Failure::usage(format!("cannot read the release of {}: {e}", dir.display())))?;
+    Ok(Kernel {
+        name,
+        release: release.trim().to_owned(),
+        version: None,
+        image,
+        config: Some(dir.join(".config")).filter(|file| file.is_file()),
+        build: Build::Tree(dir),
+    })
+}
+
+/// Whether a file is an x86-64 Linux image, by its magic: a bzImage's header, or an ELF file for this processor.
+fn check_image(image: &Path) -> Result<()> {
+    use std::io::Read;
+    let mut head = Vec::new();
+    fs::File::open(image)
+        .and_then(|file| file.take(0x300).read_to_end(&mut head))
+        .map_err(|e| Failure::usage(format!("cannot read the kernel {}: {e}", image.display())))?;
+    let bzimage = head.get(0x1fe..0x200) == Some(&[0x55, 0xaa]) && head.get(0x202..0x206) == Some(b"HdrS");
+    // Class 64, and machine 62: x86-64.
+    let elf = head.starts_with(b"\x7fELF\x02") && head.get(18..20) == Some(&[62, 0]);
+    if bzimage || elf {
+        return Ok(());
+    }
+    Err(Failure::usage(format!(
+        "{} is not an x86-64 Linux kernel: neither a bzImage ('HdrS' at 0x202) nor an ELF file",
+        image.display()
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::failure::FailureKind;
+
+    fn ask(what: &Path) -> Failure {
+        let cache = Cache::at("/nonexistent").unwrap();
+        let events: Arc<dyn EventSink> = Arc::new(|_| {});
+        provide(&cache, &events, what.to_str().unwrap()).unwrap_err()
+    }
+
+    #[test]
+    fn an_unknown_name_lists_the_known() {
+        let failure = ask(Path::new("no-such-kernel"));
+        assert_eq!(failure.kind, FailureKind::Usage);
+        assert!(failure.to_string().contains("backports"), "{failure}");
+    }
+
+    #[test]
+    fn a_file_that_is_no_kernel() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("bzImage");
+        fs::write(&file, [0u8; 4096]).unwrap();
+        let failure = ask(&file);
+        assert_eq!(failure.kind, FailureKind::Usage);
+        assert!(failure.what.contains("not an x86-64 Linux kernel"), "{failure}");
+    }
+
+    #[test]
+    fn an_image_alone_and_an_unbuilt_tree() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("vmlinux");
+        let mut elf = vec![0u8; 64];
+        elf[..5].copy_from_slice(b"\x7fELF\x02");
+        elf[18] = 62;
+        fs::write(&file, elf).unwrap();
+        assert!(ask(&file).what.contains("image alone"));
+        let failure = ask(dir.path());
+        assert_eq!(failure.kind, FailureKind::Usage);
+        assert!(failure.what.contains("Module.symvers") && !failure.what.contains("vmlinux"), "{failure}");
+    }
+}

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The guest's kernel modules: the driver under test, with patches, and the witness. Each is kept under a hash of everything
+//! that went into it, so that a build is done once.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use super::cache::{Cache, Made, Partial, Wanted};
+use super::hash::{Hash, is_source};
+use super::kernel::{Build, Kernel};
+use super::{read_input, sandbox, source_tree};
+use crate::event::{Event, EventSink};
+use crate::failure::{Failure, Result};
+use crate::process::{self, last_lines};
+
+/// Part of every module's hash: change it when the way of building changes.
+const RECIPE: &str = "kbuild in bwrap, 1";
+/// How many of the compiler's errors a message shows.
+const SHOWN_ERRORS: usize = 8;
+
+/// Built modules.
+#[derive(Clone, Debug)]
+pub struct Modules {
+    /// The driver under test, `hmm_vgpu.ko`.
+    pub driver: PathBuf,
+    /// The witness, `hmm_witness.ko`.
+    pub witness: PathBuf,
+}
+
+/// One of the two.
+#[derive(Clone, Copy)]
+struct Module {
+    dir: &'static str,
+    file: &'static str,
+}
+
+const DRIVER: Module = Module { dir: "driver", file: "hmm_vgpu.ko" };
+const WITNESS: Module = Module { dir: "witness", file: "hmm_witness.ko" };
+
+pub(super) fn provide(
+    cache: &Cache,
+    events: &Arc<dyn EventSink>,
+    kernel: &Kernel,
+    patches: &[PathBuf],
+) -> Result<Modules> {
+    // One after the other: each make uses all processors already.
+    let driver = one(cache, events, kernel, DRIVER, patches)?;
+    let witness = one(cache, events, kernel, WITNESS, &[])?;
+    Ok(Modules { driver, witness })
+}
+
+pub(super) fn witness(cache: &Cache, events: &Arc<dyn EventSink>, kernel: &Kernel) -> Result<PathBuf> {
+    one(cache, events, kernel, WITNESS, &[])
+}
+
+fn one(
+    cache: &Cache,
+    events: &Arc<dyn EventSink>,
+    kernel: &Kernel,
+    module: Module,
+    patches: &[PathBuf],
+) -> Result<PathBuf> {
+    let guest = source_tree()?.join("guest");
+    let sources = [guest.join(module.dir), guest.join("include")];
+    let mut hash = Hash::default();
+    hash.add(RECIPE).add(&kernel.release).add(module.file);
+    add_toolchain(&mut hash, kernel)?;
+    for dir in &sources {
+        hash.add_sources(dir).map_err(|e| Failure::usage(format!("cannot read the sources in {}: {e}", dir.display())))?;
+    }
+    let mut diffs = Vec::new();
+    for patch in patches {
+        let diff = read_input("the patch", patch)?;
+        hash.add(&diff);
+        diffs.push((patch.as_path(), diff));
+    }
+    let hash = hash.finish();
+    let patched = if diffs.is_empty() { "" } else { " with patches" };
+    let wanted = Wanted {
+        item: &format!("module-{hash}"),
+        step: &format!("{} for {}{patched}", module.dir, kernel.release),
+        about: "compiling the module",
+        recipe: RECIPE,
+        bytes: 20_000_000,
+    };
+    let item = cache.ensure(&wanted, events, &mut |partial| {
+        build(cache, events, kernel, module, &guest, &diffs, partial, &hash)
+    })?;
+    Ok(item.path.join("out").join(module.file))
+}
+
+/// What besides sources decides over a module's bytes.
+fn add_toolchain(hash: &mut Hash, kernel: &Kernel) -> Result<()> {
+    match &kernel.build {
+        Build::Root { item, .. } => {
+            for (name, version) in &item.manifest.versions {
+                hash.add(name).add(version);
+            }
+        }
+        Build::Tree(tree) => {
+            for file in ["Module.symvers", "include/generated/autoconf.h", "include/config/kernel.release"] {
+                hash.add(read_input("the kernel tree's", &tree.join(file))?);
+            }
+            for (program, package) in [("gcc", "gcc"), ("make", "make")] {
+                let output = process::die_with_parent(Command::new(program).arg("--version")).output().map_err(|e| {
+                    Failure::environment(format!("cannot run {program}, which builds modules for a kernel tree: {e}"))
+                        .remedy(format!("apt-get install {package}"))
+                })?;
+                hash.add(output.stdout);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[allow(clippy::too_many_arguments, reason = "one caller; a struct would only rename them")]
+fn build(
+    cache: &Cache,
+    events: &Arc<dyn EventSink>,
+    kernel: &Kernel,
+    module: Module,
+    guest: &Path,
+    diffs: &[(&Path, Vec<u8>)],
+    partial: &mut Partial,
+    hash: &str,
+) -> Result<Made> {
+    if let Build::Root { item, .. } = &kernel.build {
+        // A compile against a damaged tree fails in ways that look like the driver's fault.
+        if let Some(damage) = Cache::damage(item) {
+            cache.discard(item);
+            return Err(Failure::environment(format!("the cached kernel {} is damaged: {damage}", kernel.name))
+                .remedy("run it again: it will be fetched anew"));
+        }
+    }
+    let sources = partial.path.join("in");
+    let results = partial.path.join("out");
+    (|| {
+        fs::create_dir(&sources)?;
+        fs::create_dir(&results)?;
+        for dir in [module.dir, "include"] {
+            copy_sources(&guest.join(dir), &sources.join(dir))?;
+        }
+        Ok(())
+    })()
+    .map_err(|e| cache.trouble("copying the module's sources", &e))?;
+    for (patch, diff) in diffs {
+        apply(cache, patch, diff, &sources.join(module.dir), partial)?;
+    }
+
+    let script = format!(
+        "cp -r {src} /tmp/guest; make -C \"$1\" M=/tmp/guest/{dir} -j{jobs} modules; cp /tmp/guest/{dir}/{file} {out}/",
+        src = sandbox::SOURCES,
+        out = sandbox::RESULTS,
+        dir = module.dir,
+        file = module.file,
+        jobs = std::thread::available_parallelism().map_or(2, usize::from),
+    );
+    let shares = sandbox::Shares { sources: &sources, results: &results };
+    let mut command = sandbox::command(kernel, &shares, &script)?;
+    let mut log = String::new();
+    let done = process::run(&mut command, Some(&mut partial.guard), &mut |line| {
+        log.push_str(line);
+        log.push('\n');
+    })
+    .map_err(|e| cache.trouble("cannot run the module's build", &e))?;
+    if !done.status.success() || !results.join(module.file).is_file() {
+        return Err(explain(cache, module, kernel, &log, hash, !diffs.is_empty()));
+    }
+    for line in log.lines().filter(|line| line.contains("warning: ")).take(SHOWN_ERRORS) {
+        events.event(Event::Note { text: format!("compiling the {}: {}", module.dir, readable(line)) });
+    }
+    fs::remove_dir_all(&sources)
+        .and_then(|()| fs::write(partial.path.join("build.log"), &log))
+        .map_err(|e| cache.trouble("keeping the built module", &e))?;
+    Ok(Made {
+        versions: BTreeMap::from([("kernel".into(), kernel.release.clone())]),
+        key_files: vec![format!("out/{}", module.file)],
+    })
+}
+
+/// Turns a failed build into a message that starts with the compiler's own errors.
+fn explain(cache: &Cache, module: Module, kernel: &Kernel, log: &str, hash: &str, patched: bool) -> Failure {
+    if log.contains("No space left on device") {
+        return cache.disk_full("compiling the module");
+    }
+    let place = cache.root().join("logs").join(format!("{}-{hash}.log", module.dir));
+    let kept = place
+        .parent()
+        .map(fs::create_dir_all)
+        .and_then(Result::ok)
+        .and_then(|()| fs::write(&place, log).ok())
+        .map_or_else(|| "the log could not be kept".to_owned(), |()| format!("whole log: {}", place.display()));
+    let is_error = |line: &&str| line.contains("error: ") || line.contains("ERROR: modpost") || line.contains("undefined!");
+    let mut errors: Vec<String> = log.lines().filter(is_error).take(SHOWN_ERRORS).map(readable).collect();
+    if errors.is_empty() {
+        errors = last_lines(log, SHOWN_ERRORS).iter().map(|line| readable(line)).collect();
+    }
+    let patched = if patched { ", patched," } else { "" };
+    Failure::usage(format!(
+        "the {}{patched} does not compile for kernel {}:\n    {}",
+        module.dir,
+        kernel.release,
+        errors.join("\n    ")
+    ))
+    .remedy(kept)
+}
+
+/// Paths as the user knows them.
+fn readable(line: &str) -> String {
+    line.replace("/tmp/guest/", "guest/")
+}
+
+/// Copies what belongs to a module's build, and nothing that an earlier build by hand left.
+fn copy_sources(from: &Path, to: &Path) -> std::io::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_sources(&entry.path(), &target)?;
+        } else if is_source(&entry.path()) {
+            fs::copy(entry.path(), target)?;
+        }
+    }
+    Ok(())
+}
+
+/// Applies one patch, made relative to the driver's directory with one leading component (`-p1`).
+fn apply(cache: &Cache, patch: &Path, diff: &[u8], dir: &Path, partial: &mut Partial) -> Result<()> {
+    let name = patch.display();
+    if !diff.starts_with(b"--- ") && !diff.windows(5).any(|window| window == b"\n--- ") {
+        return Err(Failure::usage(format!("{name} is not a patch: no line begins with '--- '")));
+    }
+    // Under a name of our own, from the bytes that were hashed.
+    let copy = partial.path.join("patch.diff");
+    fs::write(&copy, diff).map_err(|e| cache.trouble("copying the patch", &e))?;
+    let mut command = if let Some(program) = process::find_program("patch") {
+        let mut command = Command::new(program);
+        command.args(["-p1", "--batch", "--forward", "--no-backup-if-mismatch", "-r", "-", "-i"]).arg(&copy);
+        command
+    } else if let Some(program) = process::find_program("git") {
+        let mut command = Command::new(program);
+        // Not as part of a repository that may happen to be around the cache.
+        command.env("GIT_DIR", "/nonexistent").args(["apply", "-p1"]).arg(&copy);
+        command
+    } else {
+        return Err(Failure::environment("neither patch nor git is installed; one is needed to apply a patch")
+            .remedy("apt-get install patch"));
+    };
+    let done = process::run(command.current_dir(dir), Some(&mut partial.guard), &mut |_| {})
+        .map_err(|e| cache.trouble("cannot run patch", &e))?;
+    let _ = fs::remove_file(&copy);
+    if done.status.success() {
+        return Ok(());
+    }
+    if done.tail.contains("No space left on device") {
+        return Err(cache.disk_full("applying a patch"));
+    }
+    Err(Failure::usage(format!("{name} does not apply to guest/driver:\n    {}", last_lines(&done.tail, 6).join("\n    ")))
+        .remedy("paths in it are relative to guest/driver with one leading component, as in a/main.c"))
+}
