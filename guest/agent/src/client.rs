@@ -182,6 +182,16 @@ impl Context {
         }
     }
 
+    /// Whether a job is taken at all; for those that must not be.
+    pub(crate) fn accepts(&self, job: Job) -> bool {
+        !matches!(self.file.submit(&job.0), Err(errno) if errno != Errno::EAGAIN)
+    }
+
+    /// The same context through another descriptor.
+    pub(crate) fn duplicate(&self) -> Checked<Self> {
+        Ok(Self { file: self.file.duplicate().doing("dup")?, handle: self.handle })
+    }
+
     /// Waits for a job, in bounded time.
     pub(crate) fn wait(&self, ticket: Ticket) -> Checked<Done> {
         let until = Instant::now() + BOUND;
@@ -209,8 +219,20 @@ impl Context {
 
     /// The device must find a pattern.
     pub(crate) fn check(&self, map: &Mapping, offset: usize, bytes: usize, pattern: Pattern) -> Checked {
+        self.check_on(0, map, offset, bytes, pattern)
+    }
+
+    /// The same, on another queue than 0.
+    pub(crate) fn check_on(
+        &self,
+        queue: u32,
+        map: &Mapping,
+        offset: usize,
+        bytes: usize,
+        pattern: Pattern,
+    ) -> Checked {
         let start = map.at(offset);
-        let done = self.run(Job::check(start, bytes, pattern))?.ok().doing("device check")?;
+        let done = self.run(Job::check(start, bytes, pattern).queue(queue))?.ok().doing("device check")?;
         if done.result == 0 {
             return Ok(());
         }

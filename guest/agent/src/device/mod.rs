@@ -2,6 +2,8 @@
 //! The device as the workloads see it: files of the driver, behind a trait, so that the same workloads run in tests against a
 //! model of the device in software.
 
+#[cfg(test)]
+pub(crate) mod model;
 pub(crate) mod real;
 
 use std::time::Duration;

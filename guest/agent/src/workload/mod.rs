@@ -6,6 +6,13 @@
 //! each time, with a seed of its own derived from the workload's.
 
 mod access;
+mod invalidate;
+mod release;
+mod stress;
+mod unregister;
+
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -46,7 +53,13 @@ struct Workload {
     round: fn(&mut Round<'_, '_>),
 }
 
-const ALL: &[Workload] = &[Workload { name: "access", rounds: access::ROUNDS, round: access::round }];
+const ALL: &[Workload] = &[
+    Workload { name: "access", rounds: access::ROUNDS, round: access::round },
+    Workload { name: "release", rounds: release::ROUNDS, round: release::round },
+    Workload { name: "unregister", rounds: unregister::ROUNDS, round: unregister::round },
+    Workload { name: "invalidate", rounds: invalidate::ROUNDS, round: invalidate::round },
+    Workload { name: "stress", rounds: stress::ROUNDS, round: stress::round },
+];
 
 /// One round of a workload.
 pub(crate) struct Round<'r, 'a> {

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Every workload on the model device: a correct device passes every case, and one that corrupts data does not.
+
+use std::path::Path;
+use std::sync::Mutex;
+
+use guest_protocol::{Case, Extent, Message, Outcome, WORKLOADS, WorkloadPlan};
+
+use super::{Ground, run};
+use crate::board::Board;
+use crate::device::model::Model;
+use crate::process::Child;
+use crate::report::Sink;
+
+#[derive(Default)]
+struct Collected(Mutex<Vec<Message>>);
+
+impl Sink for Collected {
+    fn send(&self, message: &Message) {
+        self.0.lock().unwrap().push(message.clone());
+    }
+}
+
+/// Runs one round of a workload in this process.
+fn round_of(name: &str, seed: u64, corrupt: bool) -> Vec<Case> {
+    let (sink, board) = (Collected::default(), Board::new().unwrap());
+    let device = Model { corrupt };
+    let ground = Ground { device: &device, sink: &sink, board: &board, program: Path::new("/bin/true") };
+    let plan = WorkloadPlan { name: name.to_owned(), seed, extent: Extent::Iterations(1) };
+    assert!(run(&plan, &ground));
+    let cases: Vec<Case> = sink
+        .0
+        .into_inner()
+        .unwrap()
+        .into_iter()
+        .filter_map(|message| match message {
+            Message::Case(case) => Some(case),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(board.cases(), cases.len() as u64);
+    cases
+}
+
+/// As a child of its own, like in the guest: the workloads fork, and orphans must come to them.
+fn passes(name: &'static str) {
+    let mut child = Child::spawn(|_| {
+        nix::sys::prctl::set_child_subreaper(true).unwrap();
+        for case in round_of(name, 1, false) {
+            assert_eq!(case.outcome, Outcome::Pass, "{case:?}");
+        }
+        Ok(())
+    })
+    .unwrap();
+    let ended = child.wait_long().unwrap();
+    child.judge(ended).unwrap();
+}
+
+#[test]
+fn access_passes() {
+    passes("access");
+}
+
+#[test]
+fn release_passes() {
+    passes("release");
+}
+
+#[test]
+fn unregister_passes() {
+    passes("unregister");
+}
+
+#[test]
+fn invalidate_passes() {
+    passes("invalidate");
+}
+
+#[test]
+fn stress_passes() {
+    passes("stress");
+}
+
+#[test]
+fn wrong_data_is_found_and_told() {
+    for name in ["access", "invalidate", "stress"] {
+        let cases = round_of(name, 2, true);
+        assert!(cases.iter().any(|case| case.mismatch.is_some_and(|m| m.expected != m.found)), "{name}");
+    }
+}
+
+#[test]
+fn names_are_those_of_the_protocol_and_cases_are_unique() {
+    let known: Vec<_> = super::ALL.iter().map(|workload| workload.name).collect();
+    let named: Vec<_> = WORKLOADS.iter().map(|workload| workload.name).collect();
+    assert_eq!(known, named);
+    let mut names: Vec<_> = round_of("access", 3, false).into_iter().map(|case| case.case).collect();
+    let count = names.len();
+    names.sort();
+    names.dedup();
+    assert_eq!(names.len(), count);
+}

@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `unregister`: a context is unbound or its file closed while the address space lives on, in every way there is.
+//!
+//! Afterwards the process's memory must be as before and every other context of it must still work.
+
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::Round;
+use super::release::{LONG, MEDIUM, Occupied};
+use crate::client::{Context, Job};
+use crate::device::Device;
+use crate::memory::{Mapping, Pattern, WINDOW};
+use crate::outcome::{Checked, Doing, describe, require};
+use crate::process::{BOUND, Child, exit_now};
+use crate::rng::Rng;
+
+/// Rounds in the default suite.
+pub(super) const ROUNDS: u64 = 6;
+/// Binds of the rebind loop.
+const REBINDS: usize = 24;
+
+/// One round.
+pub(super) fn round(round: &mut Round<'_, '_>) {
+    type Body = fn(&dyn Device, &mut Rng) -> Checked;
+    let bodies: [(&str, Body); 14] = [
+        ("close/idle", |device, rng| close(device, rng, false)),
+        ("close/running", |device, rng| close(device, rng, true)),
+        ("close/thread", close_from_thread),
+        ("close/duplicate", close_duplicates),
+        ("close/child", close_in_child),
+        ("close/last-in-child", close_last_in_child),
+        ("close/exit-race", close_races_exit),
+        ("close/any-order", close_in_any_order),
+        ("unbind/idle", |device, rng| unbind(device, rng, false)),
+        ("unbind/running", |device, rng| unbind(device, rng, true)),
+        ("unbind/waiting", unbind_under_waiter),
+        ("rebind", rebind),
+        ("unbound", never_bound),
+        ("bind-twice", bind_twice),
+    ];
+    let device = round.ground.device;
+    for (name, body) in bodies {
+        round.case(name, |rng| body(device, rng));
+    }
+}
+
+/// A pattern in fresh memory that a device has read and written.
+struct Used {
+    map: Mapping,
+    pattern: Pattern,
+}
+
+impl Used {
+    fn new(context: &Context, rng: &mut Rng) -> Checked<Self> {
+        let map = Mapping::small(WINDOW).doing("mmap")?;
+        map.touch(0, WINDOW);
+        let used = Self { map, pattern: Pattern { first: rng.next(), step: rng.next() } };
+        context.fill(&used.map, 0, WINDOW, used.pattern)?;
+        Ok(used)
+    }
+
+    /// Sets both queues to reading, the second for long.
+    fn read_for_long(&self, context: &Context, rng: &mut Rng) -> Checked {
+        for (queue, count) in [(0, MEDIUM), (1, LONG)] {
+            context.submit(Job::random_read(self.map.at(0), WINDOW, count, rng.next()).queue(queue))?;
+        }
+        Ok(())
+    }
+
+    fn unharmed(&self, context: &Context) -> Checked {
+        context.cpu_check(&self.map, 0, WINDOW, self.pattern)
+    }
+}
+
+fn close(device: &dyn Device, rng: &mut Rng, running: bool) -> Checked {
+    let context = Context::bind(device)?;
+    let used = Used::new(&context, rng)?;
+    if running {
+        used.read_for_long(&context, rng)?;
+    }
+    context.file().close();
+    used.unharmed(&context)?;
+    // Nothing of the old context hinders a new one on the same memory.
+    let next = Context::bind(device)?;
+    next.check(&used.map, 0, WINDOW, used.pattern)
+}
+
+/// Closed by one thread while another waits for a job on it.
+fn close_from_thread(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let context = Context::bind(device)?;
+    let used = Used::new(&context, rng)?;
+    // Of medium length: the wait holds the file open, so the close takes effect after it.
+    let ticket = context.submit(Job::random_read(used.map.at(0), WINDOW, MEDIUM, rng.next()))?;
+    let delay = Duration::from_micros(rng.below(1000));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(delay);
+            context.file().close();
+        });
+        bounded_wait(&context, ticket)
+    })?;
+    used.unharmed(&context)
+}
+
+/// A wait under which the file or the context goes away: whatever it says, it must end.
+fn bounded_wait(context: &Context, ticket: crate::client::Ticket) -> Checked {
+    let began = Instant::now();
+    // An error is as good as an answer here.
+    let result = context.wait(ticket);
+    require(began.elapsed() < BOUND, || match result {
+        Ok(done) => format!("the wait took {:?} and ended with {done}", began.elapsed()),
+        Err(failure) => format!("the wait took {:?}: {failure}", began.elapsed()),
+    })
+}
+
+fn close_duplicates(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let context = Context::bind(device)?;
+    let used = Used::new(&context, rng)?;
+    let second = context.duplicate()?;
+    used.read_for_long(&context, rng)?;
+    context.file().close();
+    // The file is still open: nothing was unregistered.
+    second.check(&used.map, 0, WINDOW, used.pattern)?;
+    drop(second);
+    used.unharmed(&context)
+}
+
+/// A child that inherited the file may not use it, and its close means nothing to the parent.
+fn close_in_child(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let context = Context::bind(device)?;
+    let used = Used::new(&context, rng)?;
+    used.read_for_long(&context, rng)?;
+    let mut child = Child::spawn(|_| {
+        let job = Job::strided_read(used.map.at(0), 1, 8);
+        require(!context.accepts(job), || "a job from another address space was taken".to_owned())?;
+        context.file().close();
+        used.unharmed(&context)
+    })?;
+    child.join()?;
+    context.check(&used.map, 0, WINDOW, used.pattern)
+}
+
+/// The parent closes first; the child's exit is the last close, from an address space that was never mirrored.
+fn close_last_in_child(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let context = Context::bind(device)?;
+    let used = Used::new(&context, rng)?;
+    used.read_for_long(&context, rng)?;
+    let mut child = Child::spawn(|parent| {
+        parent.ready(0);
+        std::thread::sleep(Duration::from_millis(2));
+        Ok(())
+    })?;
+    child.wait_ready()?;
+    context.file().close();
+    child.join()?;
+    used.unharmed(&context)
+}
+
+/// A thread closes while the process exits.
+fn close_races_exit(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let mut child = Child::spawn(|_| {
+        let occupied = Occupied::new(device, rng, 3)?;
+        occupied.set_running(rng)?;
+        let delay = Duration::from_micros(rng.below(200));
+        std::thread::scope(|scope| {
+            scope.spawn(|| occupied.contexts.iter().for_each(|context| context.file().close()));
+            std::thread::sleep(delay);
+            exit_now(0)
+        })
+    })?;
+    child.join()
+}
+
+fn close_in_any_order(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let Occupied { mut contexts, map } = Occupied::new(device, rng, 6)?;
+    let pattern = Pattern { first: rng.next(), step: 1 };
+    map.fill(0, WINDOW, pattern);
+    while !contexts.is_empty() {
+        let context = contexts.swap_remove(rng.index(contexts.len()));
+        context.submit(Job::random_read(map.at(0), WINDOW, LONG, rng.next()).queue(1))?;
+        drop(context);
+        for other in &contexts {
+            other.check(&map, 0, WINDOW, pattern)?;
+        }
+    }
+    Ok(())
+}
+
+fn unbind(device: &dyn Device, rng: &mut Rng, running: bool) -> Checked {
+    let context = Context::bind(device)?;
+    let used = Used::new(&context, rng)?;
+    if running {
+        used.read_for_long(&context, rng)?;
+    }
+    context.file().unbind().doing("unbind")?;
+    let state = context.file().query().doing("query")?.state;
+    require(state != 1, || "an unbound context says that it is bound".to_owned())?;
+    require(!context.accepts(Job::strided_read(used.map.at(0), 1, 8)), || {
+        "a job on an unbound context was taken".to_owned()
+    })?;
+    match context.file().unbind() {
+        Err(Errno::ENXIO) => {}
+        other => {
+            let found = other.map_or_else(describe, |()| "done".to_owned());
+            return Err(crate::outcome::Failure::wrong(format!("unbind of the unbound: {found}")));
+        }
+    }
+    used.unharmed(&context)
+}
+
+/// UNBIND from one thread while another waits for a job.
+fn unbind_under_waiter(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let context = Context::bind(device)?;
+    let used = Used::new(&context, rng)?;
+    let ticket = context.submit(Job::random_read(used.map.at(0), WINDOW, LONG, rng.next()))?;
+    let delay = Duration::from_micros(rng.below(1000));
+    std::thread::scope(|scope| {
+        let unbinder = scope.spawn(|| {
+            std::thread::sleep(delay);
+            context.file().unbind()
+        });
+        let waited = bounded_wait(&context, ticket);
+        // A panic of the thread would be one of this program; it ends the case as a crash.
+        unbinder.join().unwrap_or(Err(Errno::EFAULT)).doing("unbind")?;
+        waited
+    })?;
+    used.unharmed(&context)
+}
+
+/// The device's contexts are used again at once, some while their engines were running.
+fn rebind(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let map = Mapping::small(WINDOW).doing("mmap")?;
+    let pattern = Pattern { first: rng.next(), step: rng.next() };
+    map.fill(0, WINDOW, pattern);
+    for _ in 0..REBINDS {
+        let context = Context::bind(device)?;
+        context.check(&map, 0, WINDOW, pattern)?;
+        if rng.once_in(2) {
+            context.submit(Job::random_read(map.at(0), WINDOW, LONG, rng.next()).queue(1))?;
+        }
+        if rng.once_in(4) {
+            context.file().unbind().doing("unbind")?;
+        }
+    }
+    Ok(())
+}
+
+fn never_bound(device: &dyn Device, _: &mut Rng) -> Checked {
+    let file = device.open().doing("open")?;
+    let state = file.query().doing("query")?.state;
+    require(state == 0, || format!("a file that was never bound is in state {state}"))?;
+    require(file.unbind() == Err(Errno::ENXIO), || "unbind of the never bound is not ENXIO".to_owned())?;
+    let wait = file.wait(0, 1, Duration::ZERO);
+    require(wait.is_err(), || "a wait on an unbound file was answered".to_owned())?;
+    file.close();
+    Ok(())
+}
+
+fn bind_twice(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let context = Context::bind(device)?;
+    require(context.file().bind() == Err(Errno::EBUSY), || "a second bind is not EBUSY".to_owned())?;
+    let used = Used::new(&context, rng)?;
+    used.unharmed(&context)
+}
