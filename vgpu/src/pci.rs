@@ -24,6 +24,7 @@ const EXPRESS: usize = 0x50;
 const EXPRESS_BYTES: usize = 0x3c;
 const MSI: usize = 0x90;
 const MSIX: usize = 0xb0;
+const _: () = assert!(EXPRESS + EXPRESS_BYTES <= MSI && MSI + 24 <= MSIX);
 
 const DEVCTL: usize = EXPRESS + 0x08;
 const DEVCTL_FLR: u16 = 1 << 15;
@@ -217,7 +218,6 @@ impl ConfigSpace {
         self.set16(EXPRESS + 0x28, 0, 0x001f);
         self.set32(EXPRESS + 0x2c, 1 << 1, 0);
         self.set16(EXPRESS + 0x30, 0x0001, 0x000f);
-        debug_assert!(EXPRESS + EXPRESS_BYTES <= MSI);
     }
 
     fn msi_capability(&mut self, last: &mut usize) {

@@ -8,6 +8,7 @@
 //! locks held.
 
 mod event;
+mod moments;
 mod rule;
 mod state;
 mod trace;
@@ -17,6 +18,8 @@ mod violation;
 mod model_test;
 #[cfg(test)]
 mod oracle_test;
+#[cfg(test)]
+mod release_test;
 
 pub use event::{ContextView, DeviceEvent, Inspect, Leak};
 pub use rule::Rule;
@@ -31,7 +34,8 @@ use vgpu_spec::handle::Handle;
 use vgpu_spec::pte;
 use vgpu_spec::witness::{self, Record};
 
-use state::{Finding, Moment, State, Watched};
+use moments::Moment;
+use state::{Finding, State, Watched};
 use trace::{Trace, What};
 
 /// How the oracle judges.
@@ -54,7 +58,8 @@ impl Default for OracleConfig {
 }
 
 /// Called with each violation, the first time it is seen.
-pub type ViolationSink = Box<dyn Fn(&Violation) + Send + Sync>;
+pub type ViolationSink = Box<SinkFn>;
+type SinkFn = dyn Fn(&Violation) + Send + Sync;
 
 /// What makes two violations the same one: rule and context, and for those reported from outside the sentence as well.
 type Key = (Rule, Option<u64>, Option<String>);
@@ -90,7 +95,7 @@ pub struct Oracle {
     kept: Mutex<Kept>,
     witness_records: AtomicU64,
     device: Mutex<Option<Weak<dyn Inspect>>>,
-    sinks: Mutex<Vec<Arc<dyn Fn(&Violation) + Send + Sync>>>,
+    sinks: Mutex<Vec<Arc<SinkFn>>>,
 }
 
 impl Oracle {

@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The witness's PCI function: the door through which the guest's witness module reports.
+//!
+//! It has no interrupts and no state beyond a few registers. A record is judged inside the register write that announces
+//! it, so the guest's CPU does not go on before.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+
+use parking_lot::Mutex;
+use vgpu_spec::regs::witness as regs;
+use vgpu_spec::witness::{CONSTANTS, HEARTBEAT, HELLO, MAX_MESSAGE, MESSAGE, RECORD_BYTES, Record};
+use vgpu_spec::{PCI_DEVICE_WITNESS, PCI_VENDOR_ID};
+
+use crate::function::{Backing, Bar, Effects, Function};
+use crate::memory::SystemMemory;
+use crate::oracle::Oracle;
+use crate::pci::{BarShape, CLASS_WITNESS, ConfigSpace, Identity};
+
+/// Who else wants to hear of the guest. Called inside a register access of the guest: it must not block.
+pub trait GuestSink: Send + Sync {
+    /// A message of the guest's agent.
+    fn message(&self, json: &[u8]);
+    /// A heartbeat, by the guest's count, and the probes missed so far.
+    fn heartbeat(&self, count: u64, missed: u64);
+    /// The witness module is loaded.
+    fn hello(&self, record: &Record);
+}
+
+#[derive(Clone, Copy, Default)]
+struct Registers {
+    records_lo: u32,
+    records_hi: u32,
+    slots: u32,
+}
+
+impl Registers {
+    /// Bus address of a slot, if the guest has set things up so that there is one.
+    fn slot(&self, number: u32) -> Option<u64> {
+        let base = u64::from(self.records_hi) << 32 | u64::from(self.records_lo);
+        let fits = number < self.slots && self.slots <= regs::MAX_SLOTS;
+        if base == 0 || base % RECORD_BYTES as u64 != 0 || !fits {
+            return None;
+        }
+        base.checked_add(u64::from(number) * RECORD_BYTES as u64)
+    }
+}
+
+/// The witness's function.
+pub struct Witness {
+    memory: Arc<SystemMemory>,
+    oracle: Arc<Oracle>,
+    sink: Arc<dyn GuestSink>,
+    config: Mutex<ConfigSpace>,
+    registers: Mutex<Registers>,
+    request: AtomicU32,
+    bad_records: AtomicU32,
+}
+
+impl Witness {
+    /// A witness that reports to `oracle` and `sink`, and reads records from `memory`.
+    #[must_use]
+    pub fn new(memory: Arc<SystemMemory>, oracle: Arc<Oracle>, sink: Arc<dyn GuestSink>) -> Arc<Self> {
+        let identity = Identity {
+            vendor: PCI_VENDOR_ID,
+            device: PCI_DEVICE_WITNESS,
+            class: CLASS_WITNESS,
+            revision: regs::VERSION_VALUE as u8,
+        };
+        let bar = BarShape { index: 0, size: regs::BAR_BYTES, prefetchable: false };
+        Arc::new(Self {
+            memory,
+            oracle,
+            sink,
+            config: Mutex::new(ConfigSpace::new(identity, &[bar], 0, None)),
+            registers: Mutex::default(),
+            request: AtomicU32::new(0),
+            bad_records: AtomicU32::new(0),
+        })
+    }
+
+    /// Asks something of the guest (`REQUEST_*`) at its next heartbeat.
+    pub fn request(&self, bits: u32) {
+        self.request.fetch_or(bits, SeqCst);
+    }
+
+    /// Records refused.
+    #[must_use]
+    pub fn bad_records(&self) -> u32 {
+        self.bad_records.load(SeqCst)
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        let Ok(offset) = u32::try_from(offset) else { return 0 };
+        match offset {
+            regs::ID => regs::ID_VALUE,
+            regs::VERSION => regs::VERSION_VALUE,
+            regs::RECORDS_LO => self.registers.lock().records_lo,
+            regs::RECORDS_HI => self.registers.lock().records_hi,
+            regs::SLOTS => self.registers.lock().slots,
+            regs::REQUEST => self.request.swap(0, SeqCst),
+            regs::BAD_RECORDS => self.bad_records(),
+            _ => 0,
+        }
+    }
+
+    fn write_register(&self, offset: u64, value: u32) {
+        let Ok(offset) = u32::try_from(offset) else { return };
+        match offset {
+            regs::RECORDS_LO => self.registers.lock().records_lo = value,
+            regs::RECORDS_HI => self.registers.lock().records_hi = value,
+            regs::SLOTS => self.registers.lock().slots = value & 0x3ff,
+            // Another CPU may report meanwhile: nothing is locked while this one is judged.
+            regs::EVENT => {
+                if self.take(value).is_none() {
+                    self.bad_records.fetch_add(1, SeqCst);
+                    self.oracle.bad_record();
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Takes the record in a slot, or says that there is none.
+    fn take(&self, number: u32) -> Option<()> {
+        if !self.config.lock().bus_master_enabled() {
+            return None;
+        }
+        let registers = *self.registers.lock();
+        let address = registers.slot(number)?;
+        let snapshot = self.memory.snapshot();
+        let record: Record = snapshot.read_object(address).ok()?;
+        if !CONSTANTS.iter().any(|(_, kind, _)| *kind == u64::from(record.kind)) {
+            return None;
+        }
+        let mut message = Vec::new();
+        if record.kind == MESSAGE {
+            let [from, bytes, ..] = record.arg;
+            if bytes == 0 || bytes > MAX_MESSAGE {
+                return None;
+            }
+            message.resize(bytes as usize, 0);
+            snapshot.read(from, &mut message).ok()?;
+        }
+        drop(snapshot);
+        self.oracle.witness(&record);
+        match record.kind {
+            HELLO => self.sink.hello(&record),
+            HEARTBEAT => self.sink.heartbeat(record.arg[0], record.arg[1]),
+            MESSAGE => self.sink.message(&message),
+            _ => {}
+        }
+        Some(())
+    }
+}
+
+impl Function for Witness {
+    fn bars(&self) -> Vec<Bar<'_>> {
+        vec![Bar { index: 0, size: regs::BAR_BYTES, prefetchable: false, backing: Backing::Trapped }]
+    }
+    fn vectors(&self) -> u16 {
+        0
+    }
+    fn has_msix(&self) -> bool {
+        false
+    }
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        self.config.lock().read(offset, data);
+    }
+    fn config_write(&self, offset: u16, data: &[u8]) -> Effects {
+        let effect = self.config.lock().write(offset, data);
+        if effect.flr {
+            return self.reset();
+        }
+        Effects::default()
+    }
+    fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if bar == 0 && offset % 4 == 0 && data.len() == 4 {
+            data.copy_from_slice(&self.read_register(offset).to_le_bytes());
+        }
+    }
+    fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) -> Effects {
+        if let (0, 0, Ok(value)) = (bar, offset % 4, <[u8; 4]>::try_from(data)) {
+            self.write_register(offset, u32::from_le_bytes(value));
+        }
+        Effects::default()
+    }
+    fn reset(&self) -> Effects {
+        let Self { memory: _, oracle: _, sink: _, config, registers, request, bad_records } = self;
+        config.lock().reset();
+        *registers.lock() = Registers::default();
+        request.store(0, SeqCst);
+        bad_records.store(0, SeqCst);
+        Effects::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vgpu_spec::witness::{MM_BEGIN, MM_RELEASED};
+
+    use super::*;
+    use crate::oracle::OracleConfig;
+    use crate::testing::anonymous_file;
+
+    #[derive(Default)]
+    struct Heard(Mutex<Vec<String>>);
+    impl GuestSink for Heard {
+        fn message(&self, json: &[u8]) {
+            self.0.lock().push(String::from_utf8_lossy(json).into_owned());
+        }
+        fn heartbeat(&self, count: u64, missed: u64) {
+            self.0.lock().push(format!("beat {count} {missed}"));
+        }
+        fn hello(&self, record: &Record) {
+            self.0.lock().push(format!("hello {}", record.arg[0]));
+        }
+    }
+
+    const RAM: u64 = 0x10_0000;
+    const RECORDS: u64 = RAM + 0x1000;
+    const TEXT: u64 = RAM + 0x4000;
+
+    struct Bench {
+        memory: Arc<SystemMemory>,
+        oracle: Arc<Oracle>,
+        heard: Arc<Heard>,
+        witness: Arc<Witness>,
+    }
+
+    fn bench() -> Bench {
+        let memory = Arc::new(SystemMemory::new());
+        memory.map(RAM, 0x8000, &anonymous_file(0x8000), 0, true).unwrap();
+        let oracle = Oracle::new(OracleConfig::default());
+        let heard = Arc::new(Heard::default());
+        let witness = Witness::new(memory.clone(), oracle.clone(), heard.clone());
+        Bench { memory, oracle, heard, witness }
+    }
+
+    impl Bench {
+        fn set(&self, register: u32, value: u32) {
+            let _ = self.witness.bar_write(0, register.into(), &value.to_le_bytes());
+        }
+        fn get(&self, register: u32) -> u32 {
+            let mut data = [0; 4];
+            self.witness.bar_read(0, register.into(), &mut data);
+            u32::from_le_bytes(data)
+        }
+        fn ready(self) -> Self {
+            let _ = self.witness.config_write(4, &[6]);
+            self.set(regs::RECORDS_LO, RECORDS as u32);
+            self.set(regs::SLOTS, 4);
+            self
+        }
+        fn send(&self, slot: u32, record: Record) {
+            let at = RECORDS + u64::from(slot) * RECORD_BYTES as u64;
+            self.memory.snapshot().write_object(at, &record).unwrap();
+            self.set(regs::EVENT, slot);
+        }
+    }
+
+    #[test]
+    fn records_reach_oracle_and_sink() {
+        let b = bench().ready();
+        assert_eq!(b.get(regs::ID), regs::ID_VALUE);
+        assert_eq!(b.get(regs::SLOTS), 4);
+        b.send(0, Record { kind: HELLO, arg: [1, 0, 1, 1], ..Default::default() });
+        b.send(3, Record { kind: HEARTBEAT, arg: [9, 2, 0, 0], ..Default::default() });
+        b.memory.snapshot().write(TEXT, b"{\"a\":1}").unwrap();
+        b.send(1, Record { kind: MESSAGE, arg: [TEXT, 7, 0, 0], ..Default::default() });
+        b.send(0, Record { kind: MM_BEGIN, mm: 1, ..Default::default() });
+        b.send(0, Record { kind: MM_RELEASED, mm: 1, ..Default::default() });
+        assert_eq!(*b.heard.0.lock(), ["hello 1", "beat 9 2", "{\"a\":1}"]);
+        let counters = b.oracle.counters();
+        assert_eq!((counters.releases, counters.heartbeats, counters.probes_missed), (1, 1, 2));
+        assert_eq!((counters.bad_records, b.get(regs::BAD_RECORDS)), (0, 0));
+    }
+
+    #[test]
+    fn bad_records_are_counted_and_go_nowhere() {
+        let b = bench();
+        b.set(regs::EVENT, 0);
+        let _ = b.witness.config_write(4, &[6]);
+        b.set(regs::EVENT, 0);
+        let b = b.ready();
+        b.set(regs::EVENT, 4);
+        b.set(regs::EVENT, u32::MAX);
+        b.send(0, Record { kind: 99, ..Default::default() });
+        b.send(0, Record::default());
+        b.send(0, Record { kind: MESSAGE, arg: [TEXT, MAX_MESSAGE + 1, 0, 0], ..Default::default() });
+        b.send(0, Record { kind: MESSAGE, arg: [u64::MAX - 3, 8, 0, 0], ..Default::default() });
+        b.set(regs::RECORDS_LO, RECORDS as u32 + 8);
+        b.set(regs::EVENT, 0);
+        b.set(regs::RECORDS_HI, u32::MAX);
+        b.set(regs::RECORDS_LO, 0xffff_ffc0);
+        b.set(regs::EVENT, 1);
+        assert_eq!(b.get(regs::BAD_RECORDS), 10);
+        assert_eq!(b.oracle.counters().bad_records, 10);
+        assert!(b.heard.0.lock().is_empty());
+    }
+
+    #[test]
+    fn requests_are_read_once_and_reset_forgets() {
+        let b = bench().ready();
+        b.witness.request(regs::REQUEST_ALL_CPUS);
+        b.witness.request(regs::REQUEST_PANIC);
+        assert_eq!(b.get(regs::REQUEST), regs::REQUEST_ALL_CPUS | regs::REQUEST_PANIC);
+        assert_eq!(b.get(regs::REQUEST), 0);
+        b.witness.request(regs::REQUEST_PANIC);
+        let _ = b.witness.config_write(0x58, &[0, 0x80]);
+        assert_eq!((b.get(regs::REQUEST), b.get(regs::SLOTS), b.get(regs::RECORDS_LO)), (0, 0, 0));
+        b.set(regs::EVENT, 0);
+        assert_eq!(b.get(regs::BAD_RECORDS), 1);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn any_access_is_harmless(ops in proptest::collection::vec((any::<u8>(), 0u64..0x40, proptest::collection::vec(any::<u8>(), 0..9)), 0..64)) {
+            let b = bench().ready();
+            for (i, byte) in ops.iter().flat_map(|op| &op.2).enumerate() {
+                b.memory.snapshot().write(RECORDS + i as u64 % 0x100, &[*byte % 16]).unwrap();
+            }
+            for (bar, offset, data) in ops {
+                let _ = b.witness.bar_write(bar % 2, offset, &data);
+                let mut out = vec![1; data.len()];
+                b.witness.bar_read(bar % 2, offset, &mut out);
+            }
+        }
+    }
+}
