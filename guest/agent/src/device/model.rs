@@ -240,7 +240,7 @@ impl Queue {
                     }
                     OP_STRIDED if write => write_to(va, &job.operand[0].wrapping_add(i).to_ne_bytes()),
                     OP_RANDOM if write => {
-                        let word = old? ^ job.operand[2] ^ (va - job.dst) / 8;
+                        let word = old? ^ job.operand[2] ^ ((va - job.dst) / 8);
                         write_to(va, &word.to_ne_bytes())
                     }
                     _ => {

@@ -19,11 +19,11 @@ use crate::process::{Child, exit_now, wait_adopted};
 use crate::rng::Rng;
 
 /// Rounds in the default suite.
-pub(super) const ROUNDS: u64 = 22;
+pub(super) const ROUNDS: u64 = 20;
 /// Contexts of most processes.
-const FEW: usize = 4;
+const FEW: usize = 3;
 /// Contexts of the process that has many. The device has 64 in all.
-const MANY: usize = 16;
+const MANY: usize = 12;
 /// Accesses of a job that is meant to outlive its process.
 pub(super) const LONG: u64 = 1 << 22;
 /// Accesses of a job that somebody waits for while something happens to it.
