@@ -2,6 +2,9 @@
 //! The one trait behind which a machine sees a PCI function.
 
 use std::fs::File;
+use std::sync::Arc;
+
+use parking_lot::RwLock;
 
 /// Something outside the device that the machine has to do after an access.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,6 +44,34 @@ pub struct Bar<'a> {
 pub trait InterruptSink: Send + Sync {
     /// Raises `vector`; ignored if the guest has not enabled it.
     fn raise(&self, vector: u16);
+}
+
+/// A sink that is attached later, so that a device can exist before its machine. Until then interrupts are dropped; the
+/// device keeps their cause bits.
+#[derive(Default)]
+pub struct InterruptSwitch {
+    sink: RwLock<Option<Arc<dyn InterruptSink>>>,
+}
+
+impl InterruptSwitch {
+    /// Not attached to anything.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sends interrupts to `sink` from now on.
+    pub fn attach(&self, sink: Arc<dyn InterruptSink>) {
+        *self.sink.write() = Some(sink);
+    }
+}
+
+impl InterruptSink for InterruptSwitch {
+    fn raise(&self, vector: u16) {
+        if let Some(sink) = &*self.sink.read() {
+            sink.raise(vector);
+        }
+    }
 }
 
 /// A PCI function, whatever machine it sits in.

@@ -7,6 +7,11 @@
 #![deny(unsafe_code)]
 
 pub mod function;
-// pub mod memory; (with the device)
+pub mod gpu;
+pub mod memory;
 pub mod oracle;
 pub mod pci;
+pub mod witness;
+#[cfg(any(test, feature = "testing"))]
+#[doc(hidden)]
+pub mod testing;

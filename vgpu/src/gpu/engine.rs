@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! An engine: a thread that runs queues, and how it translates.
+
+use std::sync::atomic::Ordering::SeqCst;
+
+use vgpu_spec::fault::{ACCESS_ATOMIC, ACCESS_WRITE, FaultEntry, REASON_MALFORMED, REASON_RIGHTS};
+use vgpu_spec::handle::Handle;
+use vgpu_spec::job::{JOB_BAD, JOB_FAULT, JOB_OK, Job};
+use vgpu_spec::pte::{self, PAGE_SHIFT};
+use vgpu_spec::regs::gpu::VECTOR_COMPLETION;
+
+use super::context::Context;
+use super::counters::count;
+use super::device::{Device, EngineSide};
+use super::fault::Parked;
+use super::inflight::Range;
+use super::queue::{End, Queue, Run};
+use super::tlb::{Micro, leaf_shift};
+use super::work::Work;
+use crate::oracle::DeviceEvent;
+
+/// Steps of one turn, before another queue gets the engine.
+const TURN: u32 = 16;
+/// Words of the buffers that patterns are made and compared in.
+pub(crate) const SCRATCH: usize = 2048;
+
+/// How a step ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// It did something.
+    More,
+    /// The job ends with this status; the address is in the work.
+    End(u32),
+    /// The access at hand is not permitted.
+    Fault(Fault),
+    /// The context does not translate any more.
+    Gone,
+}
+
+/// An access that is to be parked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fault {
+    pub(crate) va: u64,
+    pub(crate) access: u32,
+    pub(crate) reason: u32,
+    pub(crate) bytes: u64,
+}
+
+/// One engine, on its own thread.
+pub(crate) struct Engine<'d> {
+    pub(crate) device: &'d Device,
+    pub(crate) side: &'d EngineSide,
+    micro: Micro,
+    pub(crate) words: Box<[u64; SCRATCH]>,
+    pub(crate) others: Box<[u64; SCRATCH]>,
+}
+
+/// A published step; over when dropped.
+pub(crate) struct Published<'d> {
+    device: &'d Device,
+    pub(crate) side: &'d EngineSide,
+    /// The context's invalidation sequence, read after publishing.
+    pub(crate) sequence: u64,
+}
+
+impl Drop for Published<'_> {
+    fn drop(&mut self) {
+        self.side.in_flight.clear();
+        self.device.wake_drains();
+    }
+}
+
+impl<'d> Engine<'d> {
+    pub(crate) fn new(device: &'d Device, index: usize) -> Self {
+        Self {
+            device,
+            side: &device.engines[index],
+            micro: Micro::new(),
+            words: Box::new([0; SCRATCH]),
+            others: Box::new([0; SCRATCH]),
+        }
+    }
+
+    /// Runs queues until the device is shut down.
+    pub(crate) fn run(mut self) {
+        while let Some(index) = self.device.sched.next() {
+            let queue = &self.device.queues[index as usize];
+            let again = self.turn(index, queue, &mut queue.run.lock());
+            self.device.sched.done(index, again);
+        }
+    }
+
+    /// Works on a queue for a bounded number of steps; whether there is more to do.
+    fn turn(&mut self, index: u32, queue: &Queue, run: &mut Run) -> bool {
+        let device = self.device;
+        for _ in 0..TURN {
+            if device.sched.halted() {
+                return true;
+            }
+            let Some(setup) = run.setup else { return false };
+            let Some(context) = device.contexts.get(setup.ctx.index() as usize) else { return false };
+            if queue.kill.load(SeqCst) != run.kill_seen || !context.is_bound(setup.ctx) {
+                device.flush_queue(queue, run);
+                return false;
+            }
+            if run.stopped {
+                return false;
+            }
+            if run.parked {
+                match device.faults.look(index) {
+                    Parked::Waiting => return false,
+                    Parked::Replay => run.parked = false,
+                    Parked::Cancel => {
+                        run.parked = false;
+                        self.end(run, JOB_FAULT);
+                        continue;
+                    }
+                }
+            }
+            if run.work.is_none() {
+                match queue.waiting(run) {
+                    Some(0) => return false,
+                    Some(_) => {}
+                    None => {
+                        device.stop_queue(run);
+                        return false;
+                    }
+                }
+                let Ok(job) = device.fetch_job(run) else {
+                    device.stop_queue(run);
+                    return false;
+                };
+                run.work = Work::new(job);
+                if run.work.is_none() {
+                    self.end_bad(run, job);
+                    continue;
+                }
+            }
+            let Some(work) = &mut run.work else { return false };
+            let step = if work.is_done() { Step::End(JOB_OK) } else { self.step(context, setup.ctx, work) };
+            match step {
+                Step::More => {}
+                Step::End(status) => self.end(run, status),
+                Step::Fault(fault) => {
+                    self.park(index, run, fault);
+                    return false;
+                }
+                Step::Gone => {
+                    device.flush_queue(queue, run);
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    fn end(&self, run: &mut Run, status: u32) {
+        if let Some(work) = run.work {
+            let address = if status == JOB_FAULT { work.fault_va } else { work.address };
+            let end = End { status, result: work.result, address };
+            self.finish(run, work.job, end);
+        }
+    }
+
+    fn end_bad(&self, run: &mut Run, job: Job) {
+        self.finish(run, job, End { status: JOB_BAD, result: 0, address: 0 });
+    }
+
+    fn finish(&self, run: &mut Run, job: Job, end: End) {
+        if self.device.complete(run, job.fence, job.flags, end) {
+            self.device.interrupts.raise(VECTOR_COMPLETION, &self.device.registers);
+        }
+    }
+
+    fn park(&self, index: u32, run: &mut Run, fault: Fault) {
+        let device = self.device;
+        let (Some(setup), Some(work)) = (run.setup, &mut run.work) else { return };
+        let Fault { va, access, reason, bytes } = fault;
+        let entry = FaultEntry {
+            fault: 0,
+            ctx: setup.ctx.0,
+            va,
+            access,
+            reason,
+            queue: setup.handle.0,
+            fence: work.job.fence,
+            bytes,
+            retries: work.retries,
+            reserved: 0,
+        };
+        work.retries = work.retries.saturating_add(1);
+        work.fault_va = va;
+        run.parked = true;
+        count(&device.counters.faults, 1);
+        let handle = device.faults.raise(index, entry);
+        device.oracle.event(DeviceEvent::FaultRaised { fault: handle, ctx: setup.ctx, va, access });
+        device.faults.park(index, &device.fault_buffer());
+    }
+
+    /// Publishes a step that touches `ranges`; `None` if the context does not translate any more.
+    #[inline]
+    pub(crate) fn publish(
+        &mut self,
+        context: &Context,
+        ctx: Handle,
+        ranges: [Range; 2],
+    ) -> Option<Published<'d>> {
+        self.side.in_flight.publish(ctx, ranges);
+        let sequence = context.sequence.load(SeqCst);
+        let published = Published { device: self.device, side: self.side, sequence };
+        if !context.is_bound(ctx) {
+            return None;
+        }
+        self.micro.begin(ctx, sequence);
+        Some(published)
+    }
+
+    /// Finds the leaf for an access inside a published step, or the reason for a fault.
+    #[inline]
+    pub(crate) fn translate(
+        &mut self,
+        context: &Context,
+        ctx: Handle,
+        (va, access): (u64, u32),
+        published: &Published<'_>,
+    ) -> Result<u64, u32> {
+        if let Some(raw) = self.micro.get(va) {
+            if permits(raw, access) {
+                return Ok(raw);
+            }
+        }
+        let tlb = &self.side.tlbs[ctx.index() as usize];
+        let found = tlb.lock().lookup(va);
+        if let Some(raw) = found {
+            if permits(raw, access) {
+                self.micro.put(va, raw);
+                return Ok(raw);
+            }
+        }
+        // Not there, or not enough: rights may be added without an invalidation.
+        self.miss(context, ctx, (va, access), published)
+    }
+
+    #[cold]
+    fn miss(
+        &mut self,
+        context: &Context,
+        ctx: Handle,
+        (va, access): (u64, u32),
+        published: &Published<'_>,
+    ) -> Result<u64, u32> {
+        let device = self.device;
+        count(&self.side.counters.tlb_misses, 1);
+        count(&self.side.counters.walks, 1);
+        let raw = match device.tables.walk(ctx, context.root.load(SeqCst), va) {
+            Ok(raw) => raw,
+            Err(fault) => {
+                if let Some(page) = fault.foreign {
+                    let handle = device.tables.pages.handle(page);
+                    let issued = handle.generation() != 0;
+                    device.bad_handle("walk", handle, issued, Some(va));
+                }
+                return Err(fault.reason);
+            }
+        };
+        if raw & pte::VRAM != 0 {
+            self.check_vram(ctx, va, raw)?;
+        }
+        if !permits(raw, access) {
+            return Err(REASON_RIGHTS);
+        }
+        {
+            let mut tlb = self.side.tlbs[ctx.index() as usize].lock();
+            // An invalidation moves the sequence before it takes this lock: what was walked before it is not kept after it.
+            if context.sequence.load(SeqCst) == published.sequence {
+                tlb.insert(va, raw, device.config.tlb_entries);
+            }
+        }
+        let shift = leaf_shift(raw);
+        context.saw((va >> shift) << 1 | u64::from(shift != PAGE_SHIFT));
+        self.micro.put(va, raw);
+        Ok(raw)
+    }
+
+    /// A leaf of VRAM must lie on data pages that the context has been granted.
+    fn check_vram(&self, ctx: Handle, va: u64, raw: u64) -> Result<(), u32> {
+        let first = (raw & pte::ADDRESS) >> PAGE_SHIFT;
+        for page in first..first + (1 << (leaf_shift(raw) - PAGE_SHIFT)) {
+            let index = u32::try_from(page).map_err(|_| REASON_MALFORMED)?;
+            if self.device.data.owner(index) != ctx {
+                let handle = self.device.data.handle(index);
+                let issued = handle.generation() != 0;
+                self.device.bad_handle("leaf", handle, issued, Some(va));
+                return Err(REASON_MALFORMED);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a leaf allows an access.
+#[inline]
+fn permits(raw: u64, access: u32) -> bool {
+    (access & ACCESS_WRITE == 0 || raw & pte::WRITE != 0)
+        && (access & ACCESS_ATOMIC == 0 || raw & pte::ATOMIC != 0)
+}
