@@ -110,14 +110,16 @@ impl Witness {
             regs::RECORDS_LO => self.registers.lock().records_lo = value,
             regs::RECORDS_HI => self.registers.lock().records_hi = value,
             regs::SLOTS => self.registers.lock().slots = value & 0x3ff,
-            // Another CPU may report meanwhile: nothing is locked while this one is judged.
-            regs::EVENT => {
-                if self.take(value).is_none() {
-                    self.bad_records.fetch_add(1, SeqCst);
-                    self.oracle.bad_record();
-                }
-            }
+            regs::EVENT => self.announced(value),
             _ => {}
+        }
+    }
+
+    /// Slot `number` is said to hold a record. Another CPU may report meanwhile: nothing is locked while this one is judged.
+    fn announced(&self, number: u32) {
+        if self.take(number).is_none() {
+            self.bad_records.fetch_add(1, SeqCst);
+            self.oracle.bad_record();
         }
     }
 
