@@ -125,7 +125,11 @@ pub struct Finished {
 ///
 /// # Errors
 /// When the program cannot be started or waited for. An unsuccessful exit is not an error here.
-pub fn run(command: &mut Command, guard: Option<&mut Guard>, on_line: &mut dyn FnMut(&str)) -> io::Result<Finished> {
+pub fn run(
+    command: &mut Command,
+    guard: Option<&mut Guard>,
+    on_line: &mut dyn FnMut(&str),
+) -> io::Result<Finished> {
     let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     command.stdin(Stdio::null()).stdout(Stdio::from(writer.try_clone()?)).stderr(Stdio::from(writer));
     command.process_group(0);
@@ -266,9 +270,10 @@ mod tests {
     #[test]
     fn output_status_and_lines_come_back() {
         let mut lines = Vec::new();
-        let done =
-            run(&mut shell("echo one; echo two >&2; printf three; exit 3"), None, &mut |l| lines.push(l.to_owned()))
-                .unwrap();
+        let done = run(&mut shell("echo one; echo two >&2; printf three; exit 3"), None, &mut |l| {
+            lines.push(l.to_owned())
+        })
+        .unwrap();
         assert_eq!(done.status.code(), Some(3));
         assert_eq!(lines, ["one", "two", "three"]);
         assert_eq!(done.tail, "one\ntwo\nthree");
@@ -286,7 +291,8 @@ mod tests {
 
     #[test]
     fn only_the_end_of_long_output_is_kept() {
-        let done = run(&mut shell("yes abcdefg | head -c 1000000; echo; echo end"), None, &mut |_| {}).unwrap();
+        let done =
+            run(&mut shell("yes abcdefg | head -c 1000000; echo; echo end"), None, &mut |_| {}).unwrap();
         assert!(done.tail.len() <= 2 * TAIL_BYTES && done.tail.ends_with("end\n"));
     }
 

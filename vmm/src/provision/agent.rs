@@ -49,7 +49,10 @@ pub(super) fn provide(cache: &Cache, events: &Arc<dyn EventSink>) -> Result<Path
         }
         let done = process::run(&mut command, Some(&mut guard), &mut |line| {
             let line = line.trim();
-            if line.starts_with("Compiling ") || line.starts_with("Blocking ") || line.starts_with("Downloading ") {
+            if line.starts_with("Compiling ")
+                || line.starts_with("Blocking ")
+                || line.starts_with("Downloading ")
+            {
                 compiled += u64::from(line.starts_with("Compiling "));
                 events.event(Event::StepProgress {
                     step: STEP.into(),
@@ -82,7 +85,8 @@ fn explain(cache: &Cache, tail: &str) -> Failure {
         return cache.disk_full("building the guest's PID 1");
     }
     let errors: Vec<&str> = tail.lines().filter(|line| line.starts_with("error")).take(5).collect();
-    let lines = if errors.is_empty() { last_lines(tail, 8) } else { errors.into_iter().map(str::to_owned).collect() };
+    let lines =
+        if errors.is_empty() { last_lines(tail, 8) } else { errors.into_iter().map(str::to_owned).collect() };
     let failure =
         Failure::environment(format!("the guest's PID 1 could not be built:\n    {}", lines.join("\n    ")));
     if tail.contains("cannot find -lc") || tail.contains("libc.a") {

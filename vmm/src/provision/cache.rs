@@ -8,7 +8,6 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -137,8 +136,9 @@ impl Cache {
     /// When the disk cannot be asked.
     pub fn free_bytes(&self) -> Result<u64> {
         let there = self.root.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"));
-        let disk = nix::sys::statvfs::statvfs(there)
-            .map_err(|error| Failure::environment(format!("cannot ask the disk of {}: {error}", there.display())))?;
+        let disk = nix::sys::statvfs::statvfs(there).map_err(|error| {
+            Failure::environment(format!("cannot ask the disk of {}: {error}", there.display()))
+        })?;
         Ok(disk.blocks_available().saturating_mul(disk.fragment_size()))
     }
 
@@ -156,8 +156,11 @@ impl Cache {
 
     /// The disk filled up in the middle of something.
     pub(crate) fn disk_full(&self, doing: &str) -> Failure {
-        Failure::environment(format!("{doing}: no space left on the disk of the cache folder {}", self.root.display()))
-            .remedy("free some space there, or set HMM_TESTBENCH_CACHE to a folder on another disk")
+        Failure::environment(format!(
+            "{doing}: no space left on the disk of the cache folder {}",
+            self.root.display()
+        ))
+        .remedy("free some space there, or set HMM_TESTBENCH_CACHE to a folder on another disk")
     }
 
     /// Returns an item, making it first if it is absent, broken or of another recipe.
@@ -193,7 +196,8 @@ impl Cache {
     ) -> Result<(Item, bool)> {
         for dir in ["items", "partial", "locks"] {
             let dir = self.root.join(dir);
-            fs::create_dir_all(&dir).map_err(|e| self.trouble(&format!("cannot make {}", dir.display()), &e))?;
+            fs::create_dir_all(&dir)
+                .map_err(|e| self.trouble(&format!("cannot make {}", dir.display()), &e))?;
         }
         let _lock = self.lock(wanted.item, events)?;
         match self.look(wanted.item, wanted.recipe) {
@@ -274,7 +278,9 @@ impl Cache {
             Err(error) => return Some(format!("{FILE_LIST}: {error}")),
         };
         for line in list.lines() {
-            let Some((bytes, file)) = line.split_once(' ') else { return Some(format!("{FILE_LIST} is malformed")) };
+            let Some((bytes, file)) = line.split_once(' ') else {
+                return Some(format!("{FILE_LIST} is malformed"));
+            };
             match fs::symlink_metadata(item.path.join(file)) {
                 Ok(meta) if meta.len().to_string() == bytes => {}
                 Ok(meta) => return Some(format!("{file} has {} bytes instead of {bytes}", meta.len())),
@@ -323,12 +329,16 @@ impl Cache {
         let start = Instant::now();
         let mut said = false;
         loop {
-            if process::try_lock(&file).map_err(|e| self.trouble(&format!("cannot lock {}", path.display()), &e))? {
+            if process::try_lock(&file)
+                .map_err(|e| self.trouble(&format!("cannot lock {}", path.display()), &e))?
+            {
                 return Ok(file);
             }
             if !said && start.elapsed() >= WAIT_NOTE {
                 said = true;
-                events.event(Event::Note { text: format!("waiting for another testbench that is making {item}") });
+                events.event(Event::Note {
+                    text: format!("waiting for another testbench that is making {item}"),
+                });
             }
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -395,12 +405,4 @@ pub(crate) fn walk(root: &Path, visit: &mut dyn FnMut(&Path, &fs::Metadata)) -> 
         }
     }
     Ok(())
-}
-
-/// Size of a directory's files on disk, in bytes.
-pub(crate) fn disk_usage(dir: &Path) -> u64 {
-    let mut bytes = 0;
-    // A tree that changes under us gives a number a little off, which is good enough for a report.
-    let _ = walk(dir, &mut |_, meta| bytes += meta.blocks() * 512);
-    bytes
 }

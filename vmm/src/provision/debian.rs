@@ -100,8 +100,10 @@ pub(super) fn extract(
 }
 
 pub(super) fn missing_mmdebstrap() -> Failure {
-    Failure::environment("mmdebstrap is not installed; it fetches the Debian packages that the guest is made of")
-        .remedy("run ci/demo, or: apt-get install mmdebstrap debian-archive-keyring")
+    Failure::environment(
+        "mmdebstrap is not installed; it fetches the Debian packages that the guest is made of",
+    )
+    .remedy("run ci/demo, or: apt-get install mmdebstrap debian-archive-keyring")
 }
 
 /// Before 1.0 there was neither the option nor the check.
@@ -126,11 +128,15 @@ fn explain(cache: &Cache, what: &Extract<'_>, tail: &str, errors: Vec<String>) -
     }
     let lines = if errors.is_empty() { last_lines(tail, 5) } else { errors };
     let failure = Failure::environment(format!("{doing} failed:\n    {}", lines.join("\n    ")));
-    let names_network = ["Temporary failure resolving", "Could not resolve", "Could not connect", "Connection timed out"];
+    let names_network =
+        ["Temporary failure resolving", "Could not resolve", "Could not connect", "Connection timed out"];
     if names_network.iter().any(|sign| tail.contains(sign)) {
-        failure.remedy("a network with a Debian mirror is needed once (http_proxy is honoured); then run it again")
+        failure.remedy(
+            "a network with a Debian mirror is needed once (http_proxy is honoured); then run it again",
+        )
     } else if tail.contains("NO_PUBKEY") || tail.contains("is not signed") || tail.contains("keyring") {
-        failure.remedy("install or update the keys of Debian's archive: apt-get install debian-archive-keyring")
+        failure
+            .remedy("install or update the keys of Debian's archive: apt-get install debian-archive-keyring")
     } else {
         failure.remedy("run it again; what was complete is kept")
     }
@@ -186,7 +192,8 @@ impl<'a> Progress<'a> {
         }
         let words: Vec<&str> = rest.split_whitespace().collect();
         self.done += std::mem::take(&mut self.current);
-        if let Some(size) = rest.rsplit_once('[').and_then(|(_, size)| parse_size(size.trim_end_matches(']'))) {
+        if let Some(size) = rest.rsplit_once('[').and_then(|(_, size)| parse_size(size.trim_end_matches(']')))
+        {
             self.current = size;
         }
         if let [_, _, _, _, package, _, version, ..] = words[..] {
@@ -216,7 +223,11 @@ fn parse_size(text: &str) -> Option<u64> {
         "GB" => 1e9,
         _ => return None,
     };
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "sizes are small and not negative")]
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "sizes are small and not negative"
+    )]
     Some((number * unit) as u64)
 }
 
@@ -265,7 +276,15 @@ fn tidy(root: &Path) -> io::Result<()> {
             symlink(target, link)?;
         }
     }
-    for unread in ["usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale", "usr/share/lintian", "var", "dev"] {
+    for unread in [
+        "usr/share/doc",
+        "usr/share/man",
+        "usr/share/info",
+        "usr/share/locale",
+        "usr/share/lintian",
+        "var",
+        "dev",
+    ] {
         let dir = root.join(unread);
         if dir.symlink_metadata().is_ok() {
             // Some packages bring directories that even their owner may not write.

@@ -92,7 +92,9 @@ impl Kernel {
     pub fn option(&self, name: &str) -> Option<String> {
         let text = fs::read_to_string(self.config.as_ref()?).ok()?;
         let prefix = format!("CONFIG_{name}=");
-        text.lines().find_map(|line| line.strip_prefix(&prefix)).map(|value| value.trim_matches('"').to_owned())
+        text.lines()
+            .find_map(|line| line.strip_prefix(&prefix))
+            .map(|value| value.trim_matches('"').to_owned())
     }
 
     /// The directory with the modules that came with it, where there is one.
@@ -190,8 +192,12 @@ fn from_item(named: &NamedKernel, item: Item) -> Result<Kernel> {
     let (release, image, config) = find_image(&root)?;
     let image = root.join(image);
     check_image(&image)?;
-    let version =
-        item.manifest.versions.iter().find(|(name, _)| name.contains(&release)).map(|(_, version)| version.clone());
+    let version = item
+        .manifest
+        .versions
+        .iter()
+        .find(|(name, _)| name.contains(&release))
+        .map(|(_, version)| version.clone());
     let headers = format!("/usr/src/linux-headers-{release}");
     Ok(Kernel {
         name: named.name.into(),
@@ -226,13 +232,21 @@ fn find_image(root: &Path) -> Result<(String, String, String)> {
 
 /// A kernel tree that the user built.
 fn built_tree(name: String, dir: &Path) -> Result<Kernel> {
-    let dir = fs::canonicalize(dir).map_err(|e| Failure::usage(format!("cannot use {}: {e}", dir.display())))?;
-    let image = ["arch/x86/boot/bzImage", "vmlinux"].iter().map(|file| dir.join(file)).find(|file| file.is_file());
+    let dir =
+        fs::canonicalize(dir).map_err(|e| Failure::usage(format!("cannot use {}: {e}", dir.display())))?;
+    let image =
+        ["arch/x86/boot/bzImage", "vmlinux"].iter().map(|file| dir.join(file)).find(|file| file.is_file());
     let mut missing = Vec::new();
     if image.is_none() {
         missing.push("arch/x86/boot/bzImage or vmlinux");
     }
-    for file in ["Makefile", "Module.symvers", "include/config/kernel.release", "include/generated/autoconf.h", "scripts/mod/modpost"] {
+    for file in [
+        "Makefile",
+        "Module.symvers",
+        "include/config/kernel.release",
+        "include/generated/autoconf.h",
+        "scripts/mod/modpost",
+    ] {
         if !dir.join(file).is_file() {
             missing.push(file);
         }

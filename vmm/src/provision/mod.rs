@@ -18,11 +18,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use cache::{Cache, Item, Made, Manifest, Partial, Wanted};
+pub(crate) use kernel::cached as cached_kernels;
 pub use kernel::{KERNELS, Kernel, NamedKernel};
 pub use modfile::{ModuleInfo, check_module};
 pub use modules::Modules;
 pub use qemu::QemuProgram;
-pub(crate) use sandbox::bwrap_works;
+pub(crate) use qemu::cached as cached_qemu;
+pub(crate) use sandbox::{bwrap_works, namespaces_remedy};
 pub use source::source_tree;
 
 use crate::event::EventSink;
@@ -120,16 +122,23 @@ impl Provisioner {
                 .collect();
             let kernels: Vec<Result<_>> = kernels.into_iter().map(joined).collect();
             let (qemu, agent) = (joined(qemu), joined(agent));
-            Ok(Provisioned { qemu: qemu?, agent: agent?, kernels: kernels.into_iter().collect::<Result<_>>()? })
+            Ok(Provisioned {
+                qemu: qemu?,
+                agent: agent?,
+                kernels: kernels.into_iter().collect::<Result<_>>()?,
+            })
         })
     }
 }
 
 fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
-    thread.join().unwrap_or_else(|_| Err(Failure::environment("a provisioning thread ended unexpectedly (a defect)")))
+    thread
+        .join()
+        .unwrap_or_else(|_| Err(Failure::environment("a provisioning thread ended unexpectedly (a defect)")))
 }
 
 /// Reads a file that the user named.
 fn read_input(what: &str, path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|error| Failure::usage(format!("cannot read {what} {}: {error}", path.display())))
+    std::fs::read(path)
+        .map_err(|error| Failure::usage(format!("cannot read {what} {}: {error}", path.display())))
 }

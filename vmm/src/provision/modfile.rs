@@ -47,7 +47,10 @@ pub fn check_module(file: &Path, kernel: &Kernel) -> Result<ModuleInfo> {
 }
 
 fn parse(bytes: &[u8]) -> Result<ModuleInfo, String> {
-    if bytes.starts_with(b"\xfd7zXZ") || bytes.starts_with(b"\x1f\x8b") || bytes.starts_with(b"\x28\xb5\x2f\xfd") {
+    if bytes.starts_with(b"\xfd7zXZ")
+        || bytes.starts_with(b"\x1f\x8b")
+        || bytes.starts_with(b"\x28\xb5\x2f\xfd")
+    {
         return Err("it is compressed; unpack it first (unxz, gunzip or unzstd)".into());
     }
     let file: ElfFile64<'_> = ElfFile64::parse(bytes).map_err(|error| error.to_string())?;

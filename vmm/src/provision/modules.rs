@@ -69,7 +69,8 @@ fn one(
     hash.add(RECIPE).add(&kernel.release).add(module.file);
     add_toolchain(&mut hash, kernel)?;
     for dir in &sources {
-        hash.add_sources(dir).map_err(|e| Failure::usage(format!("cannot read the sources in {}: {e}", dir.display())))?;
+        hash.add_sources(dir)
+            .map_err(|e| Failure::usage(format!("cannot read the sources in {}: {e}", dir.display())))?;
     }
     let mut diffs = Vec::new();
     for patch in patches {
@@ -105,10 +106,14 @@ fn add_toolchain(hash: &mut Hash, kernel: &Kernel) -> Result<()> {
                 hash.add(read_input("the kernel tree's", &tree.join(file))?);
             }
             for (program, package) in [("gcc", "gcc"), ("make", "make")] {
-                let output = process::die_with_parent(Command::new(program).arg("--version")).output().map_err(|e| {
-                    Failure::environment(format!("cannot run {program}, which builds modules for a kernel tree: {e}"))
+                let output = process::die_with_parent(Command::new(program).arg("--version"))
+                    .output()
+                    .map_err(|e| {
+                        Failure::environment(format!(
+                            "cannot run {program}, which builds modules for a kernel tree: {e}"
+                        ))
                         .remedy(format!("apt-get install {package}"))
-                })?;
+                    })?;
                 hash.add(output.stdout);
             }
         }
@@ -131,8 +136,11 @@ fn build(
         // A compile against a damaged tree fails in ways that look like the driver's fault.
         if let Some(damage) = Cache::damage(item) {
             cache.discard(item);
-            return Err(Failure::environment(format!("the cached kernel {} is damaged: {damage}", kernel.name))
-                .remedy("run it again: it will be fetched anew"));
+            return Err(Failure::environment(format!(
+                "the cached kernel {} is damaged: {damage}",
+                kernel.name
+            ))
+            .remedy("run it again: it will be fetched anew"));
         }
     }
     let sources = partial.path.join("in");
@@ -192,8 +200,13 @@ fn explain(cache: &Cache, module: Module, kernel: &Kernel, log: &str, hash: &str
         .map(fs::create_dir_all)
         .and_then(Result::ok)
         .and_then(|()| fs::write(&place, log).ok())
-        .map_or_else(|| "the log could not be kept".to_owned(), |()| format!("whole log: {}", place.display()));
-    let is_error = |line: &&str| line.contains("error: ") || line.contains("ERROR: modpost") || line.contains("undefined!");
+        .map_or_else(
+            || "the log could not be kept".to_owned(),
+            |()| format!("whole log: {}", place.display()),
+        );
+    let is_error = |line: &&str| {
+        line.contains("error: ") || line.contains("ERROR: modpost") || line.contains("undefined!")
+    };
     let mut errors: Vec<String> = log.lines().filter(is_error).take(SHOWN_ERRORS).map(readable).collect();
     if errors.is_empty() {
         errors = last_lines(log, SHOWN_ERRORS).iter().map(|line| readable(line)).collect();
@@ -247,8 +260,10 @@ fn apply(cache: &Cache, patch: &Path, diff: &[u8], dir: &Path, partial: &mut Par
         command.env("GIT_DIR", "/nonexistent").args(["apply", "-p1"]).arg(&copy);
         command
     } else {
-        return Err(Failure::environment("neither patch nor git is installed; one is needed to apply a patch")
-            .remedy("apt-get install patch"));
+        return Err(Failure::environment(
+            "neither patch nor git is installed; one is needed to apply a patch",
+        )
+        .remedy("apt-get install patch"));
     };
     let done = process::run(command.current_dir(dir), Some(&mut partial.guard), &mut |_| {})
         .map_err(|e| cache.trouble("cannot run patch", &e))?;
@@ -259,6 +274,9 @@ fn apply(cache: &Cache, patch: &Path, diff: &[u8], dir: &Path, partial: &mut Par
     if done.tail.contains("No space left on device") {
         return Err(cache.disk_full("applying a patch"));
     }
-    Err(Failure::usage(format!("{name} does not apply to guest/driver:\n    {}", last_lines(&done.tail, 6).join("\n    ")))
-        .remedy("paths in it are relative to guest/driver with one leading component, as in a/main.c"))
+    Err(Failure::usage(format!(
+        "{name} does not apply to guest/driver:\n    {}",
+        last_lines(&done.tail, 6).join("\n    ")
+    ))
+    .remedy("paths in it are relative to guest/driver with one leading component, as in a/main.c"))
 }

@@ -70,7 +70,8 @@ impl QemuProgram {
         ];
         let env = vec![("QEMU_MODULE_DIR".into(), libraries.join("qemu").into())];
         let program = libraries.join("ld-linux-x86-64.so.2");
-        Self { program, args, env, version: String::new(), origin: "private, Debian trixie-backports".into() }.probed()
+        Self { program, args, env, version: String::new(), origin: "private, Debian trixie-backports".into() }
+            .probed()
     }
 
     /// Asks it for its version and whether it has the device.
@@ -96,7 +97,9 @@ pub(super) fn provide(cache: &Cache, events: &Arc<dyn EventSink>) -> Result<Qemu
         let shown = Path::new(&path).display().to_string();
         return QemuProgram::plain(path.into(), shown.clone()).ok_or_else(|| {
             Failure::environment(format!("HMM_TESTBENCH_QEMU is {shown}, which is no QEMU with {DEVICE}"))
-                .remedy("unset it to let the testbench fetch a QEMU of its own, or name a QEMU of 10.1 or later")
+                .remedy(
+                    "unset it to let the testbench fetch a QEMU of its own, or name a QEMU of 10.1 or later",
+                )
         });
     }
     if let Some(qemu) = QemuProgram::system() {
@@ -131,7 +134,10 @@ pub(super) fn provide(cache: &Cache, events: &Arc<dyn EventSink>) -> Result<Qemu
     })?;
     QemuProgram::private(&item).ok_or_else(|| {
         cache.discard(&item);
-        Failure::environment(format!("the private QEMU in {} does not start, or has no {DEVICE}", item.path.display()))
-            .remedy("run it again: it will be fetched anew")
+        Failure::environment(format!(
+            "the private QEMU in {} does not start, or has no {DEVICE}",
+            item.path.display()
+        ))
+        .remedy("run it again: it will be fetched anew")
     })
 }

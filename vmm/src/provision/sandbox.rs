@@ -51,7 +51,15 @@ pub(super) fn command(kernel: &Kernel, shares: &Shares<'_>, script: &str) -> Res
     }
     command.arg("--ro-bind").arg(shares.sources).arg(SOURCES);
     command.arg("--bind").arg(shares.results).arg(RESULTS);
-    command.args(["--clearenv", "--setenv", "PATH", "/usr/bin:/usr/sbin:/bin:/sbin", "--setenv", "LC_ALL", "C"]);
+    command.args([
+        "--clearenv",
+        "--setenv",
+        "PATH",
+        "/usr/bin:/usr/sbin:/bin:/sbin",
+        "--setenv",
+        "LC_ALL",
+        "C",
+    ]);
     command.args(["--chdir", "/tmp", "/bin/sh", "-euc", script, "sh"]).arg(headers);
     Ok(command)
 }
@@ -65,7 +73,17 @@ fn missing() -> Failure {
 pub(crate) fn bwrap_works() -> Result<(), String> {
     let Some(bwrap) = process::find_program("bwrap") else { return Err("it is not installed".into()) };
     let mut command = Command::new(bwrap);
-    command.args(["--unshare-all", "--die-with-parent", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev"]);
+    command.args([
+        "--unshare-all",
+        "--die-with-parent",
+        "--ro-bind",
+        "/",
+        "/",
+        "--proc",
+        "/proc",
+        "--dev",
+        "/dev",
+    ]);
     match process::die_with_parent(command.arg("true")).output() {
         Ok(output) if output.status.success() => Ok(()),
         Ok(output) => Err(process::last_lines(&String::from_utf8_lossy(&output.stderr), 1).join(" ")),
