@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Machines: what shows PCI functions to a guest. A machine is a trait, so that the runner does not know which one it drives.
+
+pub mod qemu;
+pub mod vfio_user;
+
+use std::fmt;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vgpu::function::{Function, InterruptSwitch};
+use vgpu::memory::SystemMemory;
+
+use crate::failure::Result;
+
+/// How the guest's instructions are run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accel {
+    /// By the host's virtualisation.
+    Kvm,
+    /// By QEMU's translator.
+    Tcg,
+}
+
+impl fmt::Display for Accel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        })
+    }
+}
+
+/// A PCI function and what connects it to the machine.
+pub struct FunctionSlot {
+    /// Unique in the machine; letters, digits and hyphens.
+    pub name: &'static str,
+    /// The function.
+    pub function: Arc<dyn Function>,
+    /// Guest memory as this function sees it: filled and emptied by the machine, so never shared between functions.
+    pub memory: Arc<SystemMemory>,
+    /// Where the machine attaches itself for the function's interrupts.
+    pub interrupts: Arc<InterruptSwitch>,
+}
+
+/// What to start.
+pub struct MachineConfig {
+    /// The kernel image.
+    pub kernel: PathBuf,
+    /// The initial file system, as an anonymous file.
+    pub initramfs: File,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Processors.
+    pub cpus: u32,
+    /// Guest memory; rounded up to whole pages.
+    pub memory_bytes: u64,
+    /// Who runs the instructions.
+    pub accel: Accel,
+    /// The functions, in the order of their PCI slots.
+    pub functions: Vec<FunctionSlot>,
+    /// Takes the console's bytes as they come, on a thread of the machine. The guest waits while it does not return.
+    pub console: Box<dyn FnMut(&[u8]) + Send>,
+    /// Puts the console on this terminal as well.
+    pub interactive: bool,
+}
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MachineExit {
+    /// The guest switched it off.
+    PoweredOff,
+    /// Anything else: the guest reset itself, the machine crashed or was killed.
+    Died {
+        /// What happened, in a few words.
+        status: String,
+        /// The last that the machine itself (not the guest) said.
+        stderr_tail: String,
+    },
+}
+
+/// A started machine. Dropping it ends it.
+pub trait Machine: Send {
+    /// Waits until the machine has ended, all of its console has been delivered and its functions are disconnected; `None` if
+    /// that takes longer than `timeout`.
+    fn wait(&mut self, timeout: Duration) -> Option<MachineExit>;
+    /// Ends it at once. It is gone, and reaped, when this returns.
+    fn kill(&mut self);
+    /// Sends every processor a non-maskable interrupt, so that a hung guest shows its stacks.
+    fn nmi(&mut self) -> Result<()>;
+    /// The process it runs in, if it is one of its own.
+    fn pid(&self) -> Option<u32>;
+}

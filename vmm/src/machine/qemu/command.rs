@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! QEMU's arguments. Every resource is an inherited file descriptor; only the kernel is a path.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::machine::Accel;
+
+/// A reply later than this many milliseconds makes QEMU give a function up for good; its own default, 5 s, is less than a loaded
+/// host can take.
+const MESSAGE_TIMEOUT: u32 = 60_000;
+/// PCI slot of the first function; 0 to 3 and 31 are the machine's own.
+const FIRST_SLOT: usize = 4;
+
+/// What the arguments are made of.
+pub(super) struct Parts<'a> {
+    pub kernel: &'a Path,
+    pub cmdline: &'a str,
+    pub cpus: u32,
+    pub memory_bytes: u64,
+    pub accel: Accel,
+    pub initramfs: RawFd,
+    pub console: RawFd,
+    pub monitor: RawFd,
+    /// Name and socket location of each function.
+    pub functions: &'a [(&'static str, RawFd)],
+}
+
+/// The arguments, the program's own excluded.
+pub(super) fn arguments(parts: &Parts<'_>) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = Vec::new();
+    let mut add = |option: &str, value: OsString| {
+        arguments.push(option.into());
+        arguments.push(value);
+    };
+    let page = 4096;
+    let memory = parts.memory_bytes.div_ceil(page) * page;
+    let (accel, cpu, cpus) = match parts.accel {
+        Accel::Kvm => ("kvm", "host", parts.cpus.to_string()),
+        // With a single possible processor the translator leaves atomic instructions out, and then the device's threads and
+        // the guest are not atomic to each other. So there is always room for a second one.
+        Accel::Tcg => ("tcg,thread=multi", "max", format!("{},maxcpus={}", parts.cpus, parts.cpus.max(2))),
+    };
+    add("-machine", "q35,memory-backend=mem".into());
+    add("-object", format!("memory-backend-memfd,id=mem,size={memory},share=on").into());
+    add("-m", format!("{memory}b").into());
+    add("-accel", accel.into());
+    add("-cpu", cpu.into());
+    add("-smp", cpus.into());
+    add("-display", "none".into());
+    add("-chardev", format!("socket,id=console,fd={}", parts.console).into());
+    add("-serial", "chardev:console".into());
+    add("-chardev", format!("socket,id=monitor,fd={}", parts.monitor).into());
+    add("-mon", "chardev=monitor,mode=control".into());
+    add("-kernel", parts.kernel.into());
+    add("-initrd", descriptor(parts.initramfs).into());
+    add("-append", parts.cmdline.into());
+    for (index, (name, location)) in parts.functions.iter().enumerate() {
+        let device = json!({
+            "driver": "vfio-user-pci",
+            "id": name,
+            "bus": "pcie.0",
+            "addr": format!("{:x}", FIRST_SLOT + index),
+            "socket": { "type": "unix", "path": descriptor(*location) },
+            // The witness's writes must have arrived before the processor goes on.
+            "x-no-posted-writes": true,
+            "x-msg-timeout": MESSAGE_TIMEOUT,
+        });
+        add("-device", device.to_string().into());
+    }
+    for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
+        arguments.push(flag.into());
+    }
+    arguments
+}
+
+fn descriptor(fd: RawFd) -> String {
+    format!("/proc/self/fd/{fd}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn joined(accel: Accel, cpus: u32) -> String {
+        let parts = Parts {
+            kernel: Path::new("/boot/a kernel,with a comma"),
+            cmdline: "console=ttyS0",
+            cpus,
+            memory_bytes: (512 << 20) + 1,
+            accel,
+            initramfs: 10,
+            console: 11,
+            monitor: 12,
+            functions: &[("gpu", 13), ("witness", 14)],
+        };
+        let arguments: Vec<_> = arguments(&parts).into_iter().map(|a| a.into_string().unwrap()).collect();
+        arguments.join("|")
+    }
+
+    #[test]
+    fn one_translated_processor_leaves_room_for_another() {
+        assert!(joined(Accel::Tcg, 1).contains("|-smp|1,maxcpus=2|"));
+        assert!(joined(Accel::Tcg, 4).contains("|-smp|4,maxcpus=4|"));
+        assert!(joined(Accel::Kvm, 1).contains("|-smp|1|"));
+    }
+
+    #[test]
+    fn everything_but_the_kernel_is_a_descriptor() {
+        let line = joined(Accel::Tcg, 2);
+        for part in [
+            "|-kernel|/boot/a kernel,with a comma|",
+            "|-initrd|/proc/self/fd/10|",
+            "|socket,id=console,fd=11|",
+            "|socket,id=monitor,fd=12|",
+            r#""path":"/proc/self/fd/13""#,
+            r#""path":"/proc/self/fd/14""#,
+            r#""x-no-posted-writes":true"#,
+            "size=536875008,",
+            "|-m|536875008b|",
+        ] {
+            assert!(line.contains(part), "{part} is not in {line}");
+        }
+    }
+}

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The QEMU machine: QEMU runs the guest, this process serves the functions over vfio-user.
+//!
+//! Nothing outlives the testbench, `kill -9` included: QEMU gets the kernel's parent-death signal (see [`child`]), its sockets have
+//! no names ([`rendezvous`]), guest memory and the initial file system are anonymous files.
+
+mod child;
+mod command;
+mod monitor;
+mod rendezvous;
+mod terminal;
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use qapi::qmp::inject_nmi;
+
+use self::child::Process;
+use self::monitor::{Monitor, Story};
+use self::rendezvous::Rendezvous;
+use self::terminal::Terminal;
+use super::vfio_user::{Connection, Server};
+use super::{Machine, MachineConfig, MachineExit};
+use crate::failure::{Failure, Result};
+use crate::provision::QemuProgram;
+
+/// Starts a guest.
+///
+/// # Errors
+/// If QEMU cannot be started. That it refuses its arguments, or the guest its kernel, is seen by waiting.
+pub fn start(program: &QemuProgram, config: MachineConfig) -> Result<Box<dyn Machine>> {
+    let machine = try_start(program, config).map_err(|error| {
+        Failure::environment(format!("cannot start QEMU ({}): {error}", program.program.display()))
+    })?;
+    Ok(Box::new(machine))
+}
+
+fn try_start(program: &QemuProgram, config: MachineConfig) -> io::Result<QemuMachine> {
+    for (index, slot) in config.functions.iter().enumerate() {
+        if config.functions[..index].iter().any(|other| Arc::ptr_eq(&other.memory, &slot.memory)) {
+            return Err(io::Error::other(format!(
+                "{} shares its view of memory with another function",
+                slot.name
+            )));
+        }
+    }
+    let (console, console_theirs) = UnixStream::pair()?;
+    let (monitor, monitor_theirs) = UnixStream::pair()?;
+    let (mut inherited, mut functions, mut servers) = (Vec::new(), Vec::new(), Vec::new());
+    let mut inherit = |fd: OwnedFd| -> RawFd {
+        let number = fd.as_raw_fd();
+        inherited.push(fd);
+        number
+    };
+    let places = rendezvous::rendezvous(config.functions.len())?;
+    for (slot, Rendezvous { listener, location }) in config.functions.into_iter().zip(places) {
+        functions.push((slot.name, inherit(location)));
+        servers.push(Server::start(slot, Connection::Listener(listener))?);
+    }
+    let arguments = command::arguments(&command::Parts {
+        kernel: &config.kernel,
+        cmdline: &config.cmdline,
+        cpus: config.cpus,
+        memory_bytes: config.memory_bytes,
+        accel: config.accel,
+        initramfs: inherit(config.initramfs.into()),
+        console: inherit(console_theirs.into()),
+        monitor: inherit(monitor_theirs.into()),
+        functions: &functions,
+    });
+    let mut command = program.command();
+    command.args(arguments);
+    let process = Process::start(command, inherited)?;
+    let terminal = if config.interactive {
+        let killer = process.killer();
+        Some(Terminal::attach(console.try_clone()?, move || killer.kill())?)
+    } else {
+        None
+    };
+    Ok(QemuMachine {
+        monitor: Monitor::new(monitor)?,
+        console: Some(read_console(console, config.console, config.interactive)?),
+        terminal,
+        process,
+        servers,
+        exit: None,
+    })
+}
+
+/// Follows the console until QEMU closes it.
+fn read_console(
+    mut stream: UnixStream,
+    mut sink: Box<dyn FnMut(&[u8]) + Send>,
+    show: bool,
+) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name("console".into()).spawn(move || {
+        let mut buffer = [0; 4096];
+        let terminal = io::stdout();
+        loop {
+            match stream.read(&mut buffer) {
+                Ok(0) => return,
+                Ok(count) => {
+                    if show {
+                        let mut terminal = terminal.lock();
+                        let _ = terminal.write_all(&buffer[..count]).and_then(|()| terminal.flush());
+                    }
+                    sink(&buffer[..count]);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return,
+            }
+        }
+    })
+}
+
+/// The fields are dropped in this order: the terminal is given back first, then QEMU ends, then what served it.
+struct QemuMachine {
+    terminal: Option<Terminal>,
+    process: Process,
+    monitor: Monitor,
+    console: Option<JoinHandle<()>>,
+    servers: Vec<Server>,
+    exit: Option<MachineExit>,
+}
+
+impl QemuMachine {
+    /// Collects everything after QEMU's end. All sockets to it are closed, so nothing here waits for anybody.
+    fn finish(&mut self, status: String, success: bool, stderr_tail: String) -> MachineExit {
+        self.terminal = None;
+        let story = self.monitor.finish();
+        if let Some(console) = self.console.take() {
+            let _ = console.join();
+        }
+        let mut broken = None;
+        for server in &mut self.servers {
+            if let Err(error) = server.stop() {
+                broken.get_or_insert(error);
+            }
+        }
+        let Story { shutdown, panicked } = story;
+        let reason = shutdown.as_ref().map(|(_, reason)| reason.as_str());
+        let status = match reason {
+            _ if panicked => "the guest reported a panic".to_owned(),
+            Some("guest-shutdown") if success => return MachineExit::PoweredOff,
+            Some("guest-reset") => "the guest reset itself: a panic, a triple fault or a reboot".to_owned(),
+            _ => match broken {
+                Some(error) => format!("QEMU {status} after a function's connection broke: {error}"),
+                None => format!("QEMU {status}"),
+            },
+        };
+        MachineExit::Died { status, stderr_tail }
+    }
+}
+
+impl Machine for QemuMachine {
+    fn wait(&mut self, timeout: Duration) -> Option<MachineExit> {
+        if self.exit.is_none() {
+            let (status, success, stderr_tail) = self.process.wait(timeout)?;
+            self.exit = Some(self.finish(status, success, stderr_tail));
+        }
+        self.exit.clone()
+    }
+
+    fn kill(&mut self) {
+        self.terminal = None;
+        self.process.kill();
+    }
+
+    fn nmi(&mut self) -> Result<()> {
+        self.monitor
+            .execute(&inject_nmi {})
+            .map_err(|error| Failure::inconclusive(format!("cannot send the guest an interrupt: {error}")))
+    }
+
+    fn pid(&self) -> Option<u32> {
+        Some(self.process.pid())
+    }
+}
