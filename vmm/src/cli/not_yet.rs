@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Parts of the fixed command line that this version does not have. They are refused by name, never ignored.
+
+use clap::Args;
+
+use super::{BackendName, FormatName, MachineName, RunArgs};
+use crate::failure::{Failure, Result};
+
+/// Options of `run` that are known and refused.
+#[derive(Debug, Default, Args)]
+pub struct LaterOptions {
+    /// (not in this version)
+    #[arg(long, hide = true)]
+    pub nested: bool,
+    /// (not in this version)
+    #[arg(long, hide = true, value_name = "POLICY")]
+    pub mirror_policy: Option<String>,
+    /// (not in this version)
+    #[arg(long, hide = true, value_name = "SPEC")]
+    pub inject: Vec<String>,
+    /// (not in this version)
+    #[arg(long, hide = true, value_name = "FILE")]
+    pub allow: Option<String>,
+    /// (not in this version)
+    #[arg(long, hide = true, value_name = "BDF")]
+    pub vfio: Option<String>,
+}
+
+/// Refuses what this version does not have.
+pub fn refuse(run: &RunArgs) -> Result<()> {
+    let later = &run.later;
+    let refused = [
+        (run.machine == MachineName::Kvm, "--machine kvm", "--machine qemu"),
+        (run.backend == BackendName::Mirror, "--backend mirror", "--backend interval"),
+        (run.format == FormatName::Ktap, "--format ktap", "--format human or jsonl"),
+        (run.format == FormatName::Junit, "--format junit", "--out DIR, which gets a junit.xml"),
+        (later.nested, "--nested", ""),
+        (later.mirror_policy.is_some(), "--mirror-policy", ""),
+        (!later.inject.is_empty(), "--inject", ""),
+        (later.allow.is_some(), "--allow", ""),
+        (later.vfio.is_some(), "--vfio", ""),
+    ];
+    match refused.iter().find(|(given, ..)| *given) {
+        None => Ok(()),
+        Some((_, option, instead)) => {
+            let failure = not_in_this_version(option);
+            Err(if instead.is_empty() { failure } else { failure.remedy(format!("it has {instead}")) })
+        }
+    }
+}
+
+/// The failure for a part that is not there.
+#[must_use]
+pub fn not_in_this_version(what: &str) -> Failure {
+    Failure::usage(format!("{what} is not in this version"))
+}

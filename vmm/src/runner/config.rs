@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What is to be run.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use guest_protocol::Extent;
+
+use super::{plan, replay};
+use crate::cli::units::Add;
+use crate::cli::{AccelName, RunArgs, not_yet};
+use crate::failure::{Failure, Result};
+use crate::machine::Accel;
+
+/// What is to be run.
+#[derive(Clone, Debug)]
+pub struct RunConfig {
+    /// How this program was called, for replays.
+    pub program: String,
+    /// The whole command line, quoted, for the record.
+    pub command: String,
+    /// Workloads, in order.
+    pub workloads: Vec<String>,
+    /// A command to run after them.
+    pub exec: Option<String>,
+    /// End in a shell.
+    pub shell: bool,
+    /// How far each workload goes.
+    pub extent: Extent,
+    /// The run's seed.
+    pub seed: u64,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Guest memory.
+    pub memory_bytes: u64,
+    /// Accelerator, if one is demanded.
+    pub accel: Option<Accel>,
+    /// Kernel, by name or as a tree.
+    pub kernel: String,
+    /// A built driver to load instead of ours.
+    pub driver: Option<PathBuf>,
+    /// Patches to our driver.
+    pub patches: Vec<PathBuf>,
+    /// Files for the guest.
+    pub add: Vec<Add>,
+    /// Judge.
+    pub oracle: bool,
+    /// Folder of the results.
+    pub out: Option<PathBuf>,
+}
+
+impl RunConfig {
+    /// From the command line; what can be seen to be wrong without starting anything is refused here.
+    pub fn new(args: RunArgs, words: &[String]) -> Result<Self> {
+        not_yet::refuse(&args)?;
+        let workloads = plan::workloads(&args.names, args.exec.is_some() || args.shell)?;
+        for (option, path) in
+            args.driver.iter().map(|p| ("--driver", p)).chain(args.patch.iter().map(|p| ("--patch", p)))
+        {
+            if !path.is_file() {
+                return Err(Failure::usage(format!("{option} {}: there is no such file", path.display())));
+            }
+        }
+        for add in &args.add {
+            if !add.host.exists() {
+                return Err(Failure::usage(format!(
+                    "--add {}: there is no such file or folder",
+                    add.host.display()
+                )));
+            }
+        }
+        if let Some(exec) = &args.exec {
+            if exec.trim().is_empty() {
+                return Err(Failure::usage("--exec: the command is empty"));
+            }
+        }
+        if args.shell && args.format != crate::cli::FormatName::Human {
+            return Err(Failure::usage("--shell needs the terminal: use it with --format human"));
+        }
+        Ok(Self {
+            program: program(words.first().map(String::as_str)),
+            command: replay::quote(words),
+            workloads,
+            exec: args.exec,
+            shell: args.shell,
+            extent: match (args.iterations, args.duration) {
+                (Some(count), _) => Extent::Iterations(count),
+                (None, Some(time)) => {
+                    Extent::Milliseconds(u64::try_from(time.as_millis()).unwrap_or(u64::MAX))
+                }
+                (None, None) => Extent::Default,
+            },
+            seed: args.seed.unwrap_or_else(plan::seed_from_clock),
+            cpus: args.cpus,
+            memory_bytes: args.memory,
+            accel: args.accel.map(|accel| match accel {
+                AccelName::Kvm => Accel::Kvm,
+                AccelName::Tcg => Accel::Tcg,
+            }),
+            kernel: args.kernel,
+            driver: args.driver,
+            patches: args.patch,
+            add: args.add,
+            oracle: !args.no_oracle,
+            out: args.out,
+        })
+    }
+}
+
+/// How to call this program again, from any folder.
+fn program(called: Option<&str>) -> String {
+    let called = called.unwrap_or("hmm-testbench");
+    let path = Path::new(called);
+    // Without a slash it was found in PATH and will be again.
+    if path.components().count() < 2 {
+        return called.to_owned();
+    }
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    AsRef::<OsStr>::as_ref(&absolute).to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+impl RunConfig {
+    /// Two workloads and the defaults.
+    pub(crate) fn for_tests() -> Self {
+        Self {
+            program: "hmm-testbench".into(),
+            command: "hmm-testbench run".into(),
+            workloads: vec!["access".into(), "release".into()],
+            exec: None,
+            shell: false,
+            extent: Extent::Default,
+            seed: 1,
+            cpus: crate::cli::DEFAULT_CPUS,
+            memory_bytes: 1 << 30,
+            accel: None,
+            kernel: crate::cli::DEFAULT_KERNEL.into(),
+            driver: None,
+            patches: Vec::new(),
+            add: Vec::new(),
+            oracle: true,
+            out: None,
+        }
+    }
+}

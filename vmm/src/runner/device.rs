@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The device side of a run: GPU, witness and oracle, and how a machine gets them.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vgpu::function::{Function, InterruptSwitch};
+use vgpu::gpu::{Gpu, GpuConfig, GpuCounters};
+use vgpu::memory::SystemMemory;
+use vgpu::oracle::{Inspect, Oracle, OracleConfig, Violation};
+use vgpu::witness::{GuestSink, Witness};
+use vgpu_spec::regs::gpu::{IRQ_ENABLE, IRQ_STATUS};
+
+use super::session::DeviceSide;
+use crate::failure::{Failure, Result};
+use crate::machine::FunctionSlot;
+use crate::report::results::Counters;
+
+/// GPU, witness and oracle, connected to each other.
+pub struct Device {
+    gpu: Arc<Gpu>,
+    witness: Arc<Witness>,
+    oracle: Arc<Oracle>,
+    gpu_memory: Arc<SystemMemory>,
+    witness_memory: Arc<SystemMemory>,
+    gpu_interrupts: Arc<InterruptSwitch>,
+    witness_interrupts: Arc<InterruptSwitch>,
+}
+
+impl Device {
+    /// Makes them.
+    pub fn new(oracle: Arc<Oracle>, config: GpuConfig, sink: Arc<dyn GuestSink>) -> Result<Self> {
+        let vram = memfd("hmm-testbench-vram", config.vram_bytes)?;
+        let gpu_memory = Arc::new(SystemMemory::new());
+        let witness_memory = Arc::new(SystemMemory::new());
+        let gpu_interrupts = Arc::new(InterruptSwitch::new());
+        let interrupts = Arc::clone(&gpu_interrupts);
+        let gpu = Gpu::new(config, Arc::clone(&gpu_memory), vram, interrupts, Arc::clone(&oracle))
+            .map_err(|error| Failure::environment(format!("cannot make the device: {error}")))?;
+        let inspect: Arc<dyn Inspect> = gpu.clone();
+        oracle.attach(Arc::downgrade(&inspect));
+        let witness = Witness::new(Arc::clone(&witness_memory), Arc::clone(&oracle), sink);
+        Ok(Self {
+            gpu,
+            witness,
+            oracle,
+            gpu_memory,
+            witness_memory,
+            gpu_interrupts,
+            witness_interrupts: Arc::new(InterruptSwitch::new()),
+        })
+    }
+
+    /// An oracle for a device of this size.
+    #[must_use]
+    pub fn oracle(enabled: bool, config: &GpuConfig) -> Arc<Oracle> {
+        Oracle::new(OracleConfig { enabled, contexts: config.contexts, ..OracleConfig::default() })
+    }
+
+    /// What a machine is given.
+    #[must_use]
+    pub fn functions(&self) -> Vec<FunctionSlot> {
+        vec![
+            FunctionSlot {
+                name: "gpu",
+                function: self.gpu.clone(),
+                memory: Arc::clone(&self.gpu_memory),
+                interrupts: Arc::clone(&self.gpu_interrupts),
+            },
+            FunctionSlot {
+                name: "witness",
+                function: self.witness.clone(),
+                memory: Arc::clone(&self.witness_memory),
+                interrupts: Arc::clone(&self.witness_interrupts),
+            },
+        ]
+    }
+
+    /// What device and oracle have counted.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let gpu = self.gpu.counters();
+        let oracle = self.oracle.counters();
+        Counters {
+            accesses: gpu.accesses,
+            distinct_pages: gpu.distinct_pages,
+            tlb_misses: gpu.tlb_misses,
+            walks: gpu.walks,
+            invalidations: gpu.invalidations,
+            faults: gpu.faults,
+            contexts: gpu.contexts,
+            address_spaces: oracle.address_spaces,
+            releases: oracle.releases,
+            unregisters: oracle.unregisters,
+            probes_missed: oracle.probes_missed,
+            heartbeats: oracle.heartbeats,
+            unassociated_contexts: oracle.unassociated_contexts,
+            events: oracle.events,
+        }
+    }
+
+    fn register(&self, offset: u32) -> u32 {
+        let mut data = [0; 4];
+        self.gpu.bar_read(0, u64::from(offset), &mut data);
+        u32::from_le_bytes(data)
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.gpu.shutdown();
+    }
+}
+
+impl DeviceSide for Device {
+    fn activity(&self) -> u64 {
+        let GpuCounters { accesses, jobs, commands, faults, contexts, .. } = self.gpu.counters();
+        let events = self.oracle.counters().events;
+        [accesses, jobs, commands, faults, contexts, events].into_iter().fold(0, u64::wrapping_add)
+    }
+    fn interrupt_pending(&self) -> bool {
+        self.register(IRQ_STATUS) & self.register(IRQ_ENABLE) != 0
+    }
+    fn request(&self, bits: u32) {
+        self.witness.request(bits);
+    }
+    fn report(&self, violation: Violation) {
+        self.oracle.report(violation);
+    }
+}
+
+/// An anonymous file of this size.
+pub fn memfd(name: &str, bytes: u64) -> Result<File> {
+    let fail = |error: std::io::Error| {
+        Failure::environment(format!("cannot make {bytes} bytes of shared memory: {error}"))
+    };
+    let file =
+        memfd_create(name, MFdFlags::MFD_CLOEXEC).map(File::from).map_err(|errno| fail(errno.into()))?;
+    file.set_len(bytes).map_err(fail)?;
+    Ok(file)
+}

@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A run: parts, device, machine, guest, verdict.
+
+pub mod accel;
+pub mod config;
+pub mod device;
+pub mod guest;
+pub mod parts;
+pub mod plan;
+pub mod replay;
+pub mod session;
+pub mod shell;
+pub mod signals;
+pub mod splats;
+pub mod story;
+pub mod verdict;
+pub mod watch;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::sync_channel;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use vgpu::gpu::GpuConfig;
+use vgpu::oracle::{Oracle, Violation};
+
+pub use config::RunConfig;
+
+use crate::console::Console;
+use crate::event::{Event, EventSink};
+use crate::failure::{Failure, FailureKind, Result};
+use crate::machine::{MachineConfig, qemu};
+use crate::report::out::OutDir;
+use crate::report::results::{ErrorRecord, Results, SCHEMA_VERSION, Verdict, ViolationRecord};
+use device::Device;
+use guest::{Finds, GuestLine};
+use parts::Parts;
+use session::{End, Given, Input, Session};
+use verdict::Evidence;
+use watch::Limits;
+
+/// How much the guest can say before it has to wait for the session.
+const QUEUE: usize = 4096;
+
+/// What came of a run.
+#[derive(Debug)]
+pub struct Outcome {
+    /// All of it; already in the folder of `--out`.
+    pub results: Results,
+    /// Why the run could not be made, if it could not.
+    pub failure: Option<Failure>,
+}
+
+/// Makes a run. Whatever happens, everything it started has ended when it returns, and `--out` has its results.
+pub fn run(config: &RunConfig, events: &Arc<dyn EventSink>, interrupted: &AtomicBool) -> Outcome {
+    let begin = Instant::now();
+    let mut results = blank(config);
+    let out = config.out.as_deref().map(OutDir::prepare).transpose();
+    let (out, mut failure) = match out {
+        // Nothing has been started, and there is no place to write to.
+        Err(failure) => {
+            note_failure(&mut results, &failure);
+            return Outcome { results, failure: Some(failure) };
+        }
+        Ok(out) => {
+            let made = make(config, events, interrupted, out.as_ref(), &mut results);
+            (out, made.err())
+        }
+    };
+    if let Some(failure) = &failure {
+        note_failure(&mut results, failure);
+    }
+    results.seconds = begin.elapsed().as_secs_f64();
+    if let Some(Err(trouble)) = out.map(|out| out.write(&results)) {
+        // A verdict that was reached stands; it is on the terminal.
+        events.event(Event::Note { text: trouble.to_string() });
+        if failure.is_none() && results.verdict != Verdict::Violation {
+            results.exit_status = trouble.kind.exit_status();
+            failure = Some(trouble);
+        }
+    }
+    Outcome { results, failure }
+}
+
+fn make(
+    config: &RunConfig,
+    events: &Arc<dyn EventSink>,
+    interrupted: &AtomicBool,
+    out: Option<&OutDir>,
+    results: &mut Results,
+) -> Result<()> {
+    let note = |text: String| events.event(Event::Note { text });
+    let accel = accel::choose(config.accel)?;
+    results.accel = Some(accel.accel.to_string());
+    results.accel_reason = Some(accel.reason.clone());
+    note(format!("machine qemu, accelerator {}: {}", accel.accel, accel.reason));
+    note(format!("seed {}", config.seed));
+    if config.shell {
+        accel::require_terminal()?;
+    }
+    let plan = plan::plan(config);
+    results.workloads = story::Story::new(&plan).results("the guest was not started");
+    let parts = parts::gather(config, Arc::clone(events), interrupted)?;
+    results.machine_version = Some(parts.qemu.version.clone());
+    results.kernel.clone_from(&parts.kernel.release);
+    note(format!(
+        "qemu {} ({}), kernel {} ({})",
+        parts.qemu.version, parts.qemu.origin, parts.kernel.release, parts.kernel.name
+    ));
+    let initramfs = parts::initramfs(config, &parts, &plan)?;
+    let log = out.map(OutDir::console_log).transpose()?;
+
+    let (queue, inputs) = sync_channel(QUEUE);
+    let line = GuestLine::new(queue.clone());
+    let size = GpuConfig::default();
+    let oracle = Device::oracle(config.oracle, &size);
+    let replay = config.clone();
+    let (finds, violations) =
+        Finds::follow(&oracle, Arc::clone(&line), move |workload| replay::command(&replay, workload));
+    let device = Device::new(Arc::clone(&oracle), size, line.clone())?;
+    let start = Instant::now();
+    let mut machine = start_machine(config, &parts, &device, initramfs, accel.accel, queue)?;
+    let session = Session::new(Given {
+        machine: machine.as_mut(),
+        device: &device,
+        events: events.as_ref(),
+        console: Console::new(log),
+        plan: &plan,
+        limits: Limits::default(),
+        start,
+    });
+    let end = session.follow(inputs, &violations, interrupted);
+    drop(machine);
+    conclude(config, results, &end, &Seen { device: &device, oracle: &oracle, line: &line, finds: &finds });
+    Ok(())
+}
+
+fn start_machine(
+    config: &RunConfig,
+    parts: &Parts,
+    device: &Device,
+    initramfs: std::fs::File,
+    accel: crate::machine::Accel,
+    queue: std::sync::mpsc::SyncSender<Input>,
+) -> Result<Box<dyn crate::machine::Machine>> {
+    qemu::start(
+        &parts.qemu,
+        MachineConfig {
+            kernel: parts.kernel.image.clone(),
+            initramfs,
+            cmdline: plan::CMDLINE.to_owned(),
+            cpus: config.cpus,
+            memory_bytes: config.memory_bytes,
+            accel,
+            functions: device.functions(),
+            console: Box::new(move |bytes| {
+                // The session has ended: nobody wants it.
+                let _ = queue.send(Input::Console(bytes.to_vec()));
+            }),
+            interactive: config.shell,
+        },
+    )
+}
+
+/// Everything that has seen something.
+struct Seen<'a> {
+    device: &'a Device,
+    oracle: &'a Oracle,
+    line: &'a GuestLine,
+    finds: &'a Finds,
+}
+
+fn conclude(config: &RunConfig, results: &mut Results, end: &End, seen: &Seen<'_>) {
+    let mut counters = seen.device.counters();
+    counters.probes_missed = counters.probes_missed.max(seen.line.missed());
+    counters.heartbeats = counters.heartbeats.max(seen.line.heartbeats());
+    let why = match (&end.lost, &end.story.fatal) {
+        _ if end.interrupted => "interrupted".to_owned(),
+        (_, Some(_)) => "the guest could not go on".to_owned(),
+        (Some(_), None) => "guest died".to_owned(),
+        (None, None) => "the guest did not say that it ended".to_owned(),
+    };
+    results.workloads = end.story.results(&why);
+    let violations: Vec<Violation> = seen.oracle.violations();
+    let evidence = Evidence {
+        broken: violations.iter().map(|violation| violation.rule.name().to_owned()).collect(),
+        oracle: config.oracle,
+        hello: seen.line.hello_seen(),
+        counters,
+        workloads: results.workloads.clone(),
+        exec: config.exec.is_some(),
+        exec_status: end.story.exec_status,
+        shell: config.shell,
+        done: end.story.done,
+        fatal: end.story.fatal.clone(),
+        lost: end.lost.clone(),
+        interrupted: end.interrupted,
+        garbled: end.garbled,
+        loose: end.story.loose.clone(),
+    };
+    let (verdict, reasons) = verdict::judge(&evidence);
+    results.verdict = verdict;
+    results.reasons = reasons;
+    results.exit_status = match verdict {
+        Verdict::Clean => 0,
+        Verdict::Violation => 1,
+        Verdict::Inconclusive | Verdict::Error => FailureKind::Inconclusive.exit_status(),
+    };
+    results.exec_status = end.story.exec_status;
+    results.counters = counters;
+    results.violations = violations
+        .iter()
+        .map(|violation| {
+            let workload = seen.finds.workload(violation);
+            let replay = replay::command(config, workload.as_deref());
+            ViolationRecord::new(violation, workload, replay)
+        })
+        .collect();
+    if let Some(kernel) = &end.story.kernel {
+        results.kernel.clone_from(kernel);
+    }
+    results.boot_complaints.clone_from(&end.boot_complaints);
+    results.console_tail.clone_from(&end.console_tail);
+    results.boot_seconds = end.boot_seconds;
+    results.notes.extend(end.notes.iter().cloned());
+    let suppressed = seen.oracle.counters().suppressed;
+    if suppressed > 0 {
+        results.notes.push(format!("{suppressed} more violations were not kept"));
+    }
+}
+
+fn blank(config: &RunConfig) -> Results {
+    let text = |path: &std::path::PathBuf| path.display().to_string();
+    Results {
+        schema_version: SCHEMA_VERSION,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        command: config.command.clone(),
+        verdict: Verdict::Error,
+        exit_status: FailureKind::Environment.exit_status(),
+        reasons: Vec::new(),
+        machine: "qemu".to_owned(),
+        machine_version: None,
+        accel: config.accel.map(|accel| accel.to_string()),
+        accel_reason: None,
+        kernel: config.kernel.clone(),
+        kernel_name: config.kernel.clone(),
+        backend: "interval".to_owned(),
+        policy: None,
+        driver: config.driver.as_ref().map(text),
+        patches: config.patches.iter().map(text).collect(),
+        seed: config.seed,
+        cpus: config.cpus,
+        memory_bytes: config.memory_bytes,
+        oracle: config.oracle,
+        workloads: Vec::new(),
+        exec_status: None,
+        counters: Default::default(),
+        violations: Vec::new(),
+        boot_complaints: Vec::new(),
+        notes: Vec::new(),
+        error: None,
+        console_tail: Vec::new(),
+        boot_seconds: None,
+        seconds: 0.0,
+        started: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+    }
+}
+
+fn note_failure(results: &mut Results, failure: &Failure) {
+    let (verdict, kind) = match failure.kind {
+        FailureKind::Usage => (Verdict::Error, "usage"),
+        FailureKind::Environment => (Verdict::Error, "environment"),
+        FailureKind::Inconclusive => (Verdict::Inconclusive, "inconclusive"),
+    };
+    results.verdict = verdict;
+    results.exit_status = failure.kind.exit_status();
+    results.reasons = vec![failure.what.clone()];
+    results.error = Some(ErrorRecord {
+        kind: kind.to_owned(),
+        message: failure.what.clone(),
+        remedy: failure.remedy.clone(),
+    });
+    results.console_tail.clone_from(&failure.console_tail);
+}

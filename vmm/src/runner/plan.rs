@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the guest is told: its plan, its seeds, its kernel's command line.
+
+use guest_protocol::{Plan, WORKLOADS, WorkloadPlan};
+
+use super::RunConfig;
+use crate::failure::{Failure, Result};
+
+/// The kernel's command line.
+///
+/// Warnings reach the console (loglevel 5); less is not printed while booting because each byte on an emulated serial port
+/// costs. Once PID 1 runs everything is printed, so that stacks asked for by sysrq are seen. Addresses are not randomised, for
+/// replays. Lockup detectors get longer than their defaults: a slow host is not the driver's fault, and heartbeats judge hangs.
+pub const CMDLINE: &str = "console=ttyS0 loglevel=5 printk.time=1 panic=-1 oops=panic unknown_nmi_panic nokaslr mitigations=off \
+     random.trust_cpu=on transparent_hugepage=madvise watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60 sysctl.kernel.printk=7";
+
+/// The names of the workloads to run: those given, or the default suite if there is nothing else to do.
+pub fn workloads(names: &[String], something_else: bool) -> Result<Vec<String>> {
+    if names.is_empty() {
+        let suite = WORKLOADS.iter().map(|workload| workload.name.to_owned());
+        return Ok(if something_else { Vec::new() } else { suite.collect() });
+    }
+    for name in names {
+        if !WORKLOADS.iter().any(|workload| workload.name == name) {
+            let known: Vec<&str> = WORKLOADS.iter().map(|workload| workload.name).collect();
+            return Err(Failure::usage(format!("there is no workload `{name}`"))
+                .remedy(format!("there are: {}", known.join(", "))));
+        }
+    }
+    Ok(names.to_vec())
+}
+
+/// The plan of a run.
+#[must_use]
+pub fn plan(config: &RunConfig) -> Plan {
+    Plan {
+        workloads: config
+            .workloads
+            .iter()
+            .map(|name| WorkloadPlan {
+                name: name.clone(),
+                seed: workload_seed(config.seed, name),
+                extent: config.extent,
+            })
+            .collect(),
+        exec: config.exec.clone(),
+        shell: config.shell,
+        load_driver: true,
+        driver_parameters: String::new(),
+    }
+}
+
+/// A workload's seed. It depends on the run's seed and the workload's name only, so that a run of this workload alone does the
+/// same.
+#[must_use]
+pub fn workload_seed(seed: u64, name: &str) -> u64 {
+    // FNV-1a over the name, then the finaliser of splitmix64.
+    let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    let mut z = seed.wrapping_add(hash).wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// A seed for a run that was given none.
+#[must_use]
+pub fn seed_from_clock() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    // Short enough to be copied by hand.
+    workload_seed(now.as_nanos() as u64, "seed") >> 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seeds_do_not_depend_on_the_company() {
+        let mut config = RunConfig::for_tests();
+        config.seed = 5;
+        let together = plan(&config);
+        config.workloads = vec!["release".into()];
+        assert_eq!(plan(&config).workloads[0], together.workloads[1]);
+        assert_ne!(together.workloads[0].seed, together.workloads[1].seed);
+        assert_ne!(workload_seed(1, "access"), workload_seed(2, "access"));
+    }
+
+    #[test]
+    fn names() {
+        assert_eq!(workloads(&[], false).unwrap().len(), WORKLOADS.len());
+        assert!(workloads(&[], true).unwrap().is_empty());
+        assert_eq!(workloads(&["stress".into()], true).unwrap(), ["stress"]);
+        let error = workloads(&["acess".into()], false).unwrap_err();
+        assert!(error.to_string().contains("access"), "{error}");
+        assert_eq!(error.kind.exit_status(), 2);
+    }
+}

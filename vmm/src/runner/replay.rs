@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Command lines that find a violation again, quoted for a shell.
+
+use std::path::Path;
+
+use guest_protocol::Extent;
+
+use super::RunConfig;
+use crate::cli::units::{show_millis, show_size};
+use crate::cli::{DEFAULT_CPUS, DEFAULT_KERNEL};
+
+/// Words as one line that a POSIX shell reads back as the same words.
+#[must_use]
+pub fn quote<S: AsRef<str>>(words: impl IntoIterator<Item = S>) -> String {
+    let quoted: Vec<String> = words.into_iter().map(|word| quote_word(word.as_ref())).collect();
+    quoted.join(" ")
+}
+
+fn quote_word(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+/// The command that finds again what was found in `workload`, or in the run as a whole if it was in none.
+#[must_use]
+pub fn command(config: &RunConfig, workload: Option<&str>) -> String {
+    let mut words: Vec<String> = vec![config.program.clone(), "run".into()];
+    match workload {
+        Some(workload) => words.push(workload.into()),
+        None => words.extend(config.workloads.iter().cloned()),
+    }
+    let mut option = |name: &str, value: String| words.extend([name.to_owned(), value]);
+    if let Some(accel) = config.accel {
+        option("--accel", accel.to_string());
+    }
+    if config.kernel != DEFAULT_KERNEL {
+        let tree = Path::new(&config.kernel);
+        option("--kernel", if tree.is_dir() { absolute(tree) } else { config.kernel.clone() });
+    }
+    if config.cpus != DEFAULT_CPUS {
+        option("--cpus", config.cpus.to_string());
+    }
+    option("--memory", show_size(config.memory_bytes));
+    if let Some(driver) = &config.driver {
+        option("--driver", absolute(driver));
+    }
+    for patch in &config.patches {
+        option("--patch", absolute(patch));
+    }
+    option("--seed", config.seed.to_string());
+    match config.extent {
+        Extent::Default => {}
+        Extent::Iterations(count) => option("--iterations", count.to_string()),
+        Extent::Milliseconds(millis) => option("--duration", show_millis(millis)),
+    }
+    // A command of the user's may be what did it, unless it was in a workload; those run before it.
+    if workload.is_none() {
+        for add in &config.add {
+            option("--add", format!("{}:{}", absolute(&add.host), add.guest));
+        }
+        if let Some(exec) = &config.exec {
+            option("--exec", exec.clone());
+        }
+        if config.shell {
+            words.push("--shell".into());
+        }
+    }
+    if !config.oracle {
+        words.push("--no-oracle".into());
+    }
+    quote(words)
+}
+
+fn absolute(path: &Path) -> String {
+    std::path::absolute(path).as_deref().unwrap_or(path).to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_quoted_where_needed() {
+        assert_eq!(
+            quote(["run", "a b", "", "it's", "$HOME", "/a-b_c.d=e"]),
+            r"run 'a b' '' 'it'\''s' '$HOME' /a-b_c.d=e"
+        );
+    }
+
+    #[test]
+    fn a_shell_reads_the_words_back() {
+        let words = ["printf", "%s\\n", "a  b", "it's", "\"q\"", "`x`", "$(y)", "*", "new\nline", ""];
+        let output = std::process::Command::new("/bin/sh").arg("-c").arg(quote(words)).output().unwrap();
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), words[2..].join("\n") + "\n");
+    }
+
+    #[test]
+    fn the_command_is_the_runs_own_with_one_workload() {
+        let mut config = RunConfig::for_tests();
+        config.seed = 42;
+        config.patches = vec!["/tmp/my patch".into()];
+        config.extent = Extent::Milliseconds(30_000);
+        config.exec = Some("echo hi; exit 1".into());
+        assert_eq!(
+            command(&config, Some("release")),
+            "hmm-testbench run release --memory 1G --patch '/tmp/my patch' --seed 42 --duration 30s"
+        );
+        assert_eq!(
+            command(&config, None),
+            "hmm-testbench run access release --memory 1G --patch '/tmp/my patch' --seed 42 --duration 30s --exec 'echo hi; exit 1'"
+        );
+    }
+
+    #[test]
+    fn the_command_is_read_back_by_the_grammar() {
+        use clap::Parser;
+        let mut config = RunConfig::for_tests();
+        config.cpus = 4;
+        config.kernel = "bookworm".into();
+        config.accel = Some(crate::machine::Accel::Tcg);
+        config.oracle = false;
+        let line = command(&config, Some("access"));
+        crate::cli::Cli::try_parse_from(line.split(' ')).expect(&line);
+    }
+}

@@ -1,0 +1,363 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One guest from the machine's start to its end: everything it says goes through one queue to one thread, which judges.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use guest_protocol::{Message, Plan};
+use vgpu::oracle::Violation;
+use vgpu_spec::regs::witness::{REQUEST_ALL_CPUS, REQUEST_BLOCKED_TASKS};
+
+use super::splats::{self, Meaning};
+use super::story::Story;
+use super::watch::{Alarm, Limits, Phase, Watch};
+use crate::console::{Console, Item, SplatKind};
+use crate::event::{Event, EventSink};
+use crate::machine::{Machine, MachineExit};
+
+/// Console lines shown of a guest that is lost.
+const TAIL_LINES: usize = 30;
+/// How often the clocks are looked at.
+const TICK: Duration = Duration::from_millis(100);
+/// A gap between two ticks from which on this process itself stood still, and the guest's time is not held against it.
+const STOOD_STILL: Duration = Duration::from_secs(5);
+/// How long a guest that got a non-maskable interrupt has to print its stacks.
+const NMI_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a guest says, in the order in which it arrives.
+#[derive(Debug)]
+pub enum Input {
+    /// Bytes on the console.
+    Console(Vec<u8>),
+    /// A message of the agent.
+    Message(Box<Message>),
+    /// A message that cannot be read.
+    Garbled(String),
+    /// The witness's heartbeat.
+    Heartbeat(u64),
+}
+
+/// What the session needs of the device side.
+pub trait DeviceSide {
+    /// A number that changes when the guest uses the device.
+    fn activity(&self) -> u64;
+    /// An interrupt that the driver enabled is up and not served.
+    fn interrupt_pending(&self) -> bool;
+    /// Asks the witness for something.
+    fn request(&self, bits: u32);
+    /// Takes a violation found here.
+    fn report(&self, violation: Violation);
+}
+
+/// How it went.
+#[derive(Debug)]
+pub struct End {
+    /// What the guest told.
+    pub story: Story,
+    /// Why the guest is lost, if it is.
+    pub lost: Option<String>,
+    /// Ended from outside.
+    pub interrupted: bool,
+    /// Messages that could not be read.
+    pub garbled: u64,
+    /// Complaints of the kernel that are not the driver's.
+    pub boot_complaints: Vec<String>,
+    /// The last console lines, if the guest is lost.
+    pub console_tail: Vec<String>,
+    /// Seconds to PID 1.
+    pub boot_seconds: Option<f64>,
+    /// Worth knowing.
+    pub notes: Vec<String>,
+}
+
+/// A session under way.
+pub struct Session<'a> {
+    machine: &'a mut dyn Machine,
+    device: &'a dyn DeviceSide,
+    events: &'a dyn EventSink,
+    console: Console,
+    watch: Watch,
+    limits: Limits,
+    start: Instant,
+    last_console: Instant,
+    activity: u64,
+    /// Console line from which on a hanging guest prints its stacks.
+    stacks_from: u64,
+    nmi: bool,
+    complained: bool,
+    end: End,
+}
+
+/// What the session is given.
+pub struct Given<'a> {
+    /// The started machine.
+    pub machine: &'a mut dyn Machine,
+    /// The device side.
+    pub device: &'a dyn DeviceSide,
+    /// Where events go.
+    pub events: &'a dyn EventSink,
+    /// The console, with its log.
+    pub console: Console,
+    /// What the guest was told.
+    pub plan: &'a Plan,
+    /// How long things may take.
+    pub limits: Limits,
+    /// When the machine was started.
+    pub start: Instant,
+}
+
+impl<'a> Session<'a> {
+    /// Begins to follow a machine.
+    #[must_use]
+    pub fn new(given: Given<'a>) -> Self {
+        Self {
+            activity: given.device.activity(),
+            machine: given.machine,
+            device: given.device,
+            events: given.events,
+            console: given.console,
+            watch: Watch::new(given.limits, given.plan, given.start),
+            limits: given.limits,
+            start: given.start,
+            last_console: given.start,
+            stacks_from: 0,
+            nmi: false,
+            complained: false,
+            end: End {
+                story: Story::new(given.plan),
+                lost: None,
+                interrupted: false,
+                garbled: 0,
+                boot_complaints: Vec::new(),
+                console_tail: Vec::new(),
+                boot_seconds: None,
+                notes: Vec::new(),
+            },
+        }
+    }
+
+    /// Follows the guest to its end. The machine has ended when this returns.
+    pub fn follow(
+        mut self,
+        inputs: Receiver<Input>,
+        violations: &Receiver<Violation>,
+        interrupted: &AtomicBool,
+    ) -> End {
+        let mut last_tick = Instant::now();
+        loop {
+            match inputs.recv_timeout(TICK) {
+                Ok(input) => self.input(input),
+                Err(RecvTimeoutError::Timeout) => {}
+                // Only with the machine do all senders go.
+                Err(RecvTimeoutError::Disconnected) => std::thread::sleep(TICK),
+            }
+            self.violations(violations);
+            let now = Instant::now();
+            let gap = now.saturating_duration_since(last_tick);
+            if gap < TICK {
+                continue;
+            }
+            last_tick = now;
+            if interrupted.load(Ordering::Relaxed) {
+                self.end.interrupted = true;
+                break;
+            }
+            if let Some(exit) = self.machine.wait(Duration::ZERO) {
+                while let Ok(input) = inputs.try_recv() {
+                    self.input(input);
+                }
+                self.exited(&exit);
+                break;
+            }
+            if gap >= STOOD_STILL {
+                self.watch.pardon(gap);
+                continue;
+            }
+            if self.tick(now) {
+                break;
+            }
+        }
+        while let Ok(input) = inputs.try_recv() {
+            self.input(input);
+        }
+        // The guest's threads that wait for room in the queue go on now, so that the machine can be ended.
+        drop(inputs);
+        self.machine.kill();
+        let mut items = Vec::new();
+        self.console.finish(&mut items);
+        self.items(items);
+        self.violations(violations);
+        if self.end.lost.is_some()
+            || self.end.interrupted
+            || self.end.story.fatal.is_some()
+            || !self.end.story.done
+        {
+            self.end.console_tail = self.console.tail(TAIL_LINES);
+        }
+        self.end
+    }
+
+    fn violations(&self, violations: &Receiver<Violation>) {
+        for violation in violations.try_iter() {
+            self.events.event(Event::Violation { violation });
+        }
+    }
+
+    fn input(&mut self, input: Input) {
+        let now = Instant::now();
+        match input {
+            Input::Console(bytes) => {
+                self.watch.console(now);
+                self.last_console = now;
+                let mut items = Vec::new();
+                self.console.feed(&bytes, &mut items);
+                self.items(items);
+            }
+            Input::Message(message) => self.message(now, *message),
+            Input::Garbled(text) => self.garbled(&text),
+            Input::Heartbeat(count) => self.watch.heartbeat(now, count),
+        }
+    }
+
+    fn items(&mut self, items: Vec<Item>) {
+        for item in items {
+            match item {
+                Item::Line(line) => self.events.event(Event::Console { line }),
+                Item::Message(message) => self.message(Instant::now(), message),
+                Item::Garbled(text) => self.garbled(&text),
+                Item::Splat(splat) => {
+                    // What a guest prints because it was asked to end is no finding.
+                    if self.nmi && matches!(splat.kind, SplatKind::Panic | SplatKind::Stall | SplatKind::Oops)
+                    {
+                        continue;
+                    }
+                    match splats::meaning(&splat, self.end.story.modules, self.complained) {
+                        Meaning::Violation(violation) => {
+                            self.complained = true;
+                            self.device.report(violation);
+                        }
+                        Meaning::Boot(text) => {
+                            self.complained = true;
+                            if self.end.boot_complaints.len() < 20 {
+                                self.end.boot_complaints.push(text);
+                            }
+                        }
+                        Meaning::Lost(text) => self.end.lost = self.end.lost.take().or(Some(text)),
+                        Meaning::Known => {}
+                    }
+                }
+            }
+        }
+    }
+
+    fn garbled(&mut self, text: &str) {
+        self.end.garbled += 1;
+        if self.end.garbled <= 3 {
+            self.events.event(Event::Note { text: format!("a message of the guest cannot be read: {text}") });
+        }
+    }
+
+    fn message(&mut self, now: Instant, message: Message) {
+        self.watch.message(now, &message);
+        if matches!(message, Message::Booted { .. }) && self.end.boot_seconds.is_none() {
+            self.end.boot_seconds = Some(now.saturating_duration_since(self.start).as_secs_f64());
+        }
+        if let Some(violation) = self.end.story.message(&message) {
+            self.device.report(violation);
+        }
+        self.events.event(Event::Guest { message });
+    }
+
+    fn exited(&mut self, exit: &MachineExit) {
+        if self.end.story.done || self.end.lost.is_some() {
+            return;
+        }
+        // The console's last block may still be open; it says more than the exit does.
+        let mut items = Vec::new();
+        self.console.finish(&mut items);
+        self.items(items);
+        if self.end.lost.is_some() {
+            return;
+        }
+        let at = match self.watch.phase() {
+            Phase::Boot => "before PID 1 ran".to_owned(),
+            _ => self.place(),
+        };
+        self.end.lost = Some(match exit {
+            MachineExit::PoweredOff => format!("the guest ended {at}"),
+            MachineExit::Died { status, stderr_tail } => {
+                let tail = stderr_tail.trim();
+                let tail = if tail.is_empty() { String::new() } else { format!("; it said: {tail}") };
+                format!("the machine ended {at} ({status}){tail}")
+            }
+        });
+    }
+
+    fn place(&self) -> String {
+        match self.end.story.workload() {
+            Some(workload) => format!("in {workload}"),
+            None if self.watch.phase() == Phase::Free => "in the user's command".to_owned(),
+            None if !self.end.story.driver => "before the driver was loaded".to_owned(),
+            None => "between workloads".to_owned(),
+        }
+    }
+
+    /// Looks at the clocks; true if the guest is to be ended.
+    fn tick(&mut self, now: Instant) -> bool {
+        if now.saturating_duration_since(self.last_console) >= Duration::from_secs(1) {
+            let mut items = Vec::new();
+            self.console.idle(&mut items);
+            self.items(items);
+        }
+        let activity = self.device.activity();
+        if activity != self.activity {
+            self.activity = activity;
+            self.watch.device(now);
+        }
+        match self.watch.check(now) {
+            None => false,
+            Some(Alarm::AskStacks) => {
+                self.stacks_from = self.console.count();
+                self.events.event(Event::Note {
+                    text: format!(
+                        "no progress for {} heartbeats {}; the guest is asked for its stacks",
+                        self.limits.hang_heartbeats,
+                        self.place()
+                    ),
+                });
+                self.device.request(REQUEST_BLOCKED_TASKS | REQUEST_ALL_CPUS);
+                false
+            }
+            Some(Alarm::Hang) => {
+                let stacks = self.console.since(self.stacks_from);
+                let pending = self.device.interrupt_pending();
+                let violation = splats::hang(stacks, pending, self.limits.hang_heartbeats, &self.place());
+                self.end.lost = Some("the guest hung and was ended".to_owned());
+                self.device.report(violation);
+                true
+            }
+            Some(Alarm::Lost(text)) if self.watch.phase() == Phase::Boot || self.nmi => {
+                self.end.lost = self.end.lost.take().or(Some(text));
+                true
+            }
+            Some(Alarm::Lost(text)) => {
+                // It may still be able to say where it hangs.
+                self.end.lost = Some(text);
+                self.nmi = true;
+                match self.machine.nmi() {
+                    Ok(()) => {
+                        let patience = NMI_PATIENCE.min(self.limits.silence);
+                        self.watch.grant(now, patience);
+                        false
+                    }
+                    Err(_) => true,
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "session_test.rs"]
+mod tests;

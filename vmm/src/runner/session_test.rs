@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+use std::sync::atomic::AtomicU64;
+use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
+
+use guest_protocol::{CONSOLE_PREFIX, Outcome};
+use parking_lot::Mutex;
+use vgpu::oracle::Rule;
+
+use super::*;
+use crate::failure::Result;
+use crate::runner::RunConfig;
+use crate::runner::plan::plan;
+
+/// A machine that does what a script says, on a thread of its own.
+struct Fake {
+    exit: Receiver<MachineExit>,
+    nmi: Sender<()>,
+    killed: bool,
+}
+
+impl Machine for Fake {
+    fn wait(&mut self, timeout: Duration) -> Option<MachineExit> {
+        self.exit.recv_timeout(timeout).ok()
+    }
+    fn kill(&mut self) {
+        self.killed = true;
+    }
+    fn nmi(&mut self) -> Result<()> {
+        let _ = self.nmi.send(());
+        Ok(())
+    }
+    fn pid(&self) -> Option<u32> {
+        None
+    }
+}
+
+#[derive(Default)]
+struct Side {
+    activity: AtomicU64,
+    requested: AtomicU64,
+    violations: Mutex<Vec<Violation>>,
+}
+
+impl DeviceSide for Side {
+    fn activity(&self) -> u64 {
+        self.activity.load(Ordering::Relaxed)
+    }
+    fn interrupt_pending(&self) -> bool {
+        false
+    }
+    fn request(&self, bits: u32) {
+        self.requested.fetch_or(u64::from(bits), Ordering::Relaxed);
+    }
+    fn report(&self, violation: Violation) {
+        self.violations.lock().push(violation);
+    }
+}
+
+const LIMITS: Limits = Limits {
+    silence: Duration::from_millis(1500),
+    boot: Duration::from_secs(5),
+    boot_talking: Duration::from_secs(10),
+    no_heartbeat: Duration::from_secs(5),
+    hang_heartbeats: 10,
+    stack_heartbeats: 3,
+};
+
+struct Guest {
+    inputs: SyncSender<Input>,
+    exit: Sender<MachineExit>,
+    nmi: Receiver<()>,
+}
+
+impl Guest {
+    fn print(&self, text: &str) {
+        let _ = self.inputs.send(Input::Console(text.as_bytes().to_vec()));
+    }
+    fn say(&self, message: Message) {
+        let _ = self.inputs.send(Input::Message(Box::new(message)));
+    }
+    fn boot(&self) {
+        self.say(Message::Booted { kernel: "7.3".into(), cpus: 1, uptime_ms: 900 });
+        self.say(Message::ModuleLoaded { module: "driver".into() });
+    }
+    fn workload(&self, name: &str) {
+        self.say(Message::WorkloadStart { workload: name.into(), seed: 1 });
+        let (workload, outcome) = (name.into(), Outcome::Pass);
+        self.say(Message::WorkloadEnd { workload, outcome, seconds: 0.1, cases: 1, failed: 0 });
+    }
+    fn power_off(&self) {
+        let _ = self.exit.send(MachineExit::PoweredOff);
+    }
+}
+
+fn follow(script: impl FnOnce(&Guest) + Send + 'static) -> (End, Vec<Violation>, u64) {
+    let (inputs, receiver) = sync_channel(64);
+    let (exit, exits) = channel();
+    let (nmi, nmis) = channel();
+    let mut machine = Fake { exit: exits, nmi, killed: false };
+    let side = Side::default();
+    let plan = plan(&RunConfig::for_tests());
+    let guest = Guest { inputs, exit, nmi: nmis };
+    let thread = std::thread::spawn(move || {
+        script(&guest);
+        guest
+    });
+    let (_sender, violations) = channel();
+    let session = Session::new(Given {
+        machine: &mut machine,
+        device: &side,
+        events: &|_: Event| {},
+        console: Console::new(None),
+        plan: &plan,
+        limits: LIMITS,
+        start: Instant::now(),
+    });
+    let end = session.follow(receiver, &violations, &AtomicBool::new(false));
+    thread.join().unwrap();
+    assert!(machine.killed);
+    let requested = side.requested.load(Ordering::Relaxed);
+    (end, side.violations.into_inner(), requested)
+}
+
+#[test]
+fn a_good_run() {
+    let (end, violations, _) = follow(|guest| {
+        guest.print("[    0.1] Linux\r\n");
+        guest.boot();
+        guest.workload("access");
+        guest.workload("release");
+        guest.say(Message::Done);
+        guest.power_off();
+    });
+    assert!(end.story.done && end.lost.is_none() && violations.is_empty());
+    assert!(end.boot_seconds.is_some() && end.console_tail.is_empty());
+    assert!(end.story.results("").iter().all(|result| result.cases == 1));
+}
+
+#[test]
+fn a_panic_at_boot_is_no_violation() {
+    let (end, violations, _) = follow(|guest| {
+        guest.print(
+            "[    0.5] Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)\r\n",
+        );
+        guest.print("[    0.5] CPU: 0 PID: 1 Comm: swapper/0\r\n");
+        guest.power_off();
+    });
+    assert!(violations.is_empty());
+    assert!(end.lost.unwrap().contains("Unable to mount root"));
+    assert_eq!(end.console_tail.len(), 2);
+}
+
+#[test]
+fn an_oops_with_the_driver_is_a_violation() {
+    let (end, violations, _) = follow(|guest| {
+        guest.boot();
+        guest.print("[    9.1] BUG: kernel NULL pointer dereference, address: 0\r\n[    9.2] RIP: 0010:f+0x1/0x2 [hmm_vgpu]\r\n");
+        guest.print(
+            "[    9.3] ---[ end trace 0 ]---\r\n[    9.4] Kernel panic - not syncing: Fatal exception\r\n",
+        );
+        guest.power_off();
+    });
+    assert_eq!(violations.iter().map(|violation| violation.rule).collect::<Vec<_>>(), [Rule::KernelOops]);
+    assert!(violations[0].events.len() >= 3);
+    assert!(end.lost.unwrap().contains("ended"));
+}
+
+#[test]
+fn a_silent_boot_is_lost() {
+    let (end, violations, _) = follow(|guest| guest.print("SeaBIOS\r\n"));
+    assert!(violations.is_empty());
+    assert!(end.lost.unwrap().contains("PID 1"));
+    assert_eq!(end.console_tail, ["SeaBIOS"]);
+}
+
+#[test]
+fn a_hang_is_shown_with_stacks() {
+    let (end, violations, requested) = follow(|guest| {
+        guest.boot();
+        guest.say(Message::WorkloadStart { workload: "access".into(), seed: 1 });
+        for beat in 1..40 {
+            std::thread::sleep(Duration::from_millis(50));
+            let _ = guest.inputs.send(Input::Heartbeat(beat));
+            if beat == 12 {
+                guest.print("[   40.1] task:agent           state:D stack:0     pid:88\r\n[   40.2]  down_write+0x1/0x2\r\n");
+            }
+        }
+    });
+    assert_eq!(requested, u64::from(REQUEST_BLOCKED_TASKS | REQUEST_ALL_CPUS));
+    assert_eq!(violations.len(), 1);
+    assert_eq!(violations[0].rule, Rule::HangDeadlock);
+    assert!(violations[0].summary.contains("in access") && violations[0].summary.contains("agent"));
+    assert!(violations[0].events.iter().any(|line| line.contains("down_write")));
+    assert!(end.lost.is_some());
+}
+
+#[test]
+fn a_guest_that_goes_silent_is_asked_by_nmi() {
+    let (end, violations, _) = follow(|guest| {
+        guest.boot();
+        guest.nmi.recv_timeout(Duration::from_secs(10)).unwrap();
+        guest.print("[   50.1] Kernel panic - not syncing: NMI: Not continuing\r\n[   50.2] RIP: 0010:spin+0x1/0x2\r\n");
+        guest.power_off();
+    });
+    assert!(violations.is_empty(), "{violations:?}");
+    assert!(end.lost.unwrap().contains("no sign of life"));
+    assert!(end.console_tail.iter().any(|line| line.contains("spin")));
+}
+
+#[test]
+fn an_early_power_off_is_lost() {
+    let (end, violations, _) = follow(|guest| {
+        guest.boot();
+        let done =
+            serde_json::to_string(&Message::WorkloadStart { workload: "access".into(), seed: 1 }).unwrap();
+        guest.print(&format!("{CONSOLE_PREFIX}{done}\r\n"));
+        guest.print(&format!("{CONSOLE_PREFIX}nonsense\r\n"));
+        guest.power_off();
+    });
+    assert!(violations.is_empty());
+    assert_eq!(end.garbled, 1);
+    assert_eq!(end.lost.unwrap(), "the guest ended in access");
+}

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a complaint of the guest's kernel means for the run.
+
+use vgpu::oracle::{Rule, Violation};
+
+use crate::console::{Splat, SplatKind};
+
+/// What to make of a complaint.
+#[derive(Debug)]
+pub enum Meaning {
+    /// The driver's: a violation.
+    Violation(Violation),
+    /// From before a module was loaded: the kernel's or the machine's own.
+    Boot(String),
+    /// The guest ends, for a reason that says nothing about the driver.
+    Lost(String),
+    /// The end of something already reported.
+    Known,
+}
+
+/// Panics that say that something else ended, or that there was nothing to start.
+const OWN_REASONS: &[&str] = &[
+    "Attempted to kill init",
+    "No working init",
+    "No init found",
+    "Unable to mount root",
+    "Requested init",
+    "Out of memory",
+    "System is deadlocked on memory",
+    "sysrq triggered crash",
+    "NMI: Not continuing",
+    "NMI: IOCK error",
+];
+
+/// What to make of `splat`, in a guest in which `modules` were loaded already, and which has `complained` before.
+#[must_use]
+pub fn meaning(splat: &Splat, modules: bool, complained: bool) -> Meaning {
+    let names_driver = splat.lines.iter().any(|line| line.contains("hmm_vgpu"));
+    if splat.kind == SplatKind::Panic {
+        if OWN_REASONS.iter().any(|reason| splat.summary.contains(reason)) || !(modules || names_driver) {
+            return Meaning::Lost(format!("the guest's kernel panicked: {}", splat.summary));
+        }
+        if complained {
+            return Meaning::Known;
+        }
+    }
+    if !modules && !names_driver {
+        return Meaning::Boot(splat.summary.clone());
+    }
+    let rule = match splat.kind {
+        SplatKind::Oops | SplatKind::Panic => Rule::KernelOops,
+        SplatKind::Warn => Rule::KernelWarn,
+        SplatKind::Sanitizer => Rule::KernelKasan,
+        SplatKind::Lockdep => Rule::KernelLockdep,
+        // A CPU that does not get on is found by the kernel's own detector, as a task that does not.
+        SplatKind::HungTask | SplatKind::Stall => Rule::KernelHungTask,
+        SplatKind::Leak => Rule::KernelLeak,
+    };
+    let mut violation = Violation::new(rule, splat.summary.clone());
+    violation.events = splat.lines.clone();
+    Meaning::Violation(violation)
+}
+
+/// What kind of hang the kernel's stacks show.
+///
+/// `pending` says that the device has an interrupt up that the driver enabled and never served.
+#[must_use]
+pub fn hang(stacks: Vec<String>, pending: bool, heartbeats: u64, at: &str) -> Violation {
+    let blocked: Vec<&str> = stacks.iter().filter_map(|line| blocked_task(line)).collect();
+    let interrupt_thread_blocked = blocked.iter().any(|task| task.starts_with("irq/"));
+    let (rule, what) = if pending && !interrupt_thread_blocked {
+        (Rule::HangLostInterrupt, "the device's interrupt is pending and nobody serves it".to_owned())
+    } else if !blocked.is_empty() {
+        let mut names = blocked.clone();
+        names.dedup();
+        names.truncate(6);
+        (Rule::HangDeadlock, format!("blocked: {}", names.join(", ")))
+    } else {
+        (Rule::HangLivelock, "no task is blocked".to_owned())
+    };
+    let mut violation = Violation::new(rule, format!("no progress for {heartbeats} heartbeats {at}: {what}"));
+    violation.events = stacks;
+    violation
+}
+
+/// The name of a task that the line says is blocked: `task:NAME state:D ...`.
+fn blocked_task(line: &str) -> Option<&str> {
+    let text = crate::console::lines::printk(line).map_or(line, |(_, text)| text);
+    let (name, rest) = text.strip_prefix("task:")?.split_once("state:")?;
+    rest.starts_with('D').then(|| name.trim_end())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn splat(kind: SplatKind, summary: &str) -> Splat {
+        Splat { kind, summary: summary.into(), lines: vec![summary.into()] }
+    }
+
+    fn rule(meaning: Meaning) -> Option<Rule> {
+        match meaning {
+            Meaning::Violation(violation) => Some(violation.rule),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn before_a_module_is_loaded_it_is_not_the_driver() {
+        assert!(matches!(meaning(&splat(SplatKind::Warn, "WARNING: x"), false, false), Meaning::Boot(_)));
+        assert_eq!(rule(meaning(&splat(SplatKind::Warn, "WARNING: x"), true, false)), Some(Rule::KernelWarn));
+        let named = splat(SplatKind::Oops, "BUG: x in probe+0x1/0x2 [hmm_vgpu]");
+        assert_eq!(rule(meaning(&named, false, false)), Some(Rule::KernelOops));
+    }
+
+    #[test]
+    fn panics() {
+        let fatal = splat(SplatKind::Panic, "Kernel panic - not syncing: Fatal exception");
+        assert!(matches!(meaning(&fatal, true, true), Meaning::Known));
+        assert_eq!(rule(meaning(&fatal, true, false)), Some(Rule::KernelOops));
+        assert!(matches!(meaning(&fatal, false, false), Meaning::Lost(_)));
+        let init = splat(
+            SplatKind::Panic,
+            "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000100",
+        );
+        assert!(matches!(meaning(&init, true, false), Meaning::Lost(_)));
+    }
+
+    #[test]
+    fn kinds_of_hangs() {
+        let blocked = "[   40.000001] task:agent           state:D stack:0     pid:88    tgid:88";
+        let thread = "[   40.000001] task:irq/24-hmm_vgpu state:D stack:0     pid:50";
+        let idle = "[   40.000001] task:kthreadd        state:S stack:0     pid:2";
+        let lines = |lines: &[&str]| lines.iter().map(|&line| line.to_owned()).collect::<Vec<_>>();
+        assert_eq!(hang(lines(&[blocked, idle]), false, 300, "in access").rule, Rule::HangDeadlock);
+        assert_eq!(hang(lines(&[blocked]), true, 300, "in access").rule, Rule::HangLostInterrupt);
+        assert_eq!(hang(lines(&[blocked, thread]), true, 300, "in access").rule, Rule::HangDeadlock);
+        assert_eq!(hang(lines(&[idle]), false, 300, "in access").rule, Rule::HangLivelock);
+        assert_eq!(hang(vec![], true, 300, "in access").rule, Rule::HangLostInterrupt);
+        assert!(hang(lines(&[blocked]), false, 300, "in access").summary.contains("agent"));
+    }
+}

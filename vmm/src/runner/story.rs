@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the guest has told so far: how far its plan is, what its workloads found.
+
+use guest_protocol::{Case, Message, Outcome, Plan, Reader};
+use vgpu::oracle::{Rule, Violation};
+use vgpu_spec::handle::Handle;
+
+use crate::report::results::{WorkloadOutcome, WorkloadResult};
+
+/// What the agent calls the unloading of the driver.
+const UNLOAD: &str = "unload";
+
+/// The guest's story.
+#[derive(Debug)]
+pub struct Story {
+    workloads: Vec<WorkloadResult>,
+    current: Option<usize>,
+    /// `uname -r`, once PID 1 runs.
+    pub kernel: Option<String>,
+    /// A module was loaded: from here on what the kernel complains about may be the driver's doing.
+    pub modules: bool,
+    /// The driver was loaded.
+    pub driver: bool,
+    /// Exit status of the command.
+    pub exec_status: Option<i32>,
+    /// Why the guest cannot go on.
+    pub fatal: Option<String>,
+    /// The plan is done.
+    pub done: bool,
+    /// Cases outside of every workload that failed for a reason that is no finding.
+    pub loose: Vec<String>,
+}
+
+impl Story {
+    /// Nothing was told yet.
+    #[must_use]
+    pub fn new(plan: &Plan) -> Self {
+        let workloads = plan.workloads.iter().map(|workload| WorkloadResult {
+            name: workload.name.clone(),
+            seed: workload.seed,
+            outcome: WorkloadOutcome::NotRun,
+            seconds: 0.0,
+            cases: 0,
+            failed: 0,
+            skipped: 0,
+            detail: None,
+        });
+        Self {
+            workloads: workloads.collect(),
+            current: None,
+            kernel: None,
+            modules: false,
+            driver: false,
+            exec_status: None,
+            fatal: None,
+            done: false,
+            loose: Vec::new(),
+        }
+    }
+
+    /// The workload that runs.
+    #[must_use]
+    pub fn workload(&self) -> Option<&str> {
+        self.current.map(|index| self.workloads[index].name.as_str())
+    }
+
+    /// Takes a message; gives the violation that it reports, if it does.
+    pub fn message(&mut self, message: &Message) -> Option<Violation> {
+        match message {
+            Message::Booted { kernel, .. } => self.kernel = Some(kernel.clone()),
+            Message::ModuleLoaded { module } => {
+                self.modules = true;
+                self.driver |= module.contains("driver");
+            }
+            Message::WorkloadStart { workload, .. } => {
+                // The same workload may stand in a plan twice.
+                let next = |w: &WorkloadResult| w.name == *workload && w.outcome == WorkloadOutcome::NotRun;
+                self.current = self.workloads.iter().position(next);
+                if let Some(result) = self.running() {
+                    result.outcome = WorkloadOutcome::Unfinished;
+                }
+            }
+            Message::Case(case) => return self.case(case),
+            Message::WorkloadEnd { outcome, seconds, cases, failed, .. } => {
+                if let Some(result) = self.running() {
+                    result.outcome = match outcome {
+                        Outcome::Pass => WorkloadOutcome::Pass,
+                        Outcome::Fail => WorkloadOutcome::Fail,
+                        Outcome::Skip => WorkloadOutcome::Skip,
+                    };
+                    result.seconds = if seconds.is_finite() { *seconds } else { 0.0 };
+                    // Its own count stands even if a line was lost.
+                    result.cases = *cases;
+                    result.failed = *failed;
+                }
+                self.current = None;
+            }
+            Message::ExecEnd { status } => self.exec_status = Some(*status),
+            Message::Fatal { reason } => self.fatal = Some(reason.clone()),
+            Message::Done => self.done = true,
+            Message::Progress { .. } => {}
+        }
+        None
+    }
+
+    fn running(&mut self) -> Option<&mut WorkloadResult> {
+        self.current.map(|index| &mut self.workloads[index])
+    }
+
+    fn case(&mut self, case: &Case) -> Option<Violation> {
+        if let Some(result) = self.running() {
+            result.cases += 1;
+            match case.outcome {
+                Outcome::Pass => {}
+                Outcome::Fail => result.failed += 1,
+                Outcome::Skip => result.skipped += 1,
+            }
+            // The first that failed says most; that one was skipped matters only if none failed.
+            let first = case.outcome == Outcome::Fail && result.failed == 1;
+            if first || (case.outcome == Outcome::Skip && result.detail.is_none()) {
+                let detail = case.detail.as_deref().unwrap_or("no detail");
+                result.detail = Some(format!("{}: {detail}", case.case));
+            }
+        } else if case.outcome == Outcome::Fail {
+            return self.outside(case);
+        }
+        mismatch(case)
+    }
+
+    /// A case outside of the workloads failed: the driver's module could not be unloaded.
+    fn outside(&mut self, case: &Case) -> Option<Violation> {
+        let detail = case.detail.as_deref().unwrap_or("no detail");
+        // All processes have ended. A module that is still in use is held by something that should be gone.
+        if case.workload == UNLOAD && (detail.contains("EAGAIN") || detail.contains("EBUSY")) {
+            let summary = format!("the driver cannot be unloaded though no process is left: {detail}");
+            return Some(Violation::new(Rule::UnregisterLeak, summary));
+        }
+        if self.loose.len() < 20 {
+            self.loose.push(format!("{}/{}: {detail}", case.workload, case.case));
+        }
+        mismatch(case)
+    }
+
+    /// The workloads as results; `why` is what is said of those that did not end.
+    #[must_use]
+    pub fn results(&self, why: &str) -> Vec<WorkloadResult> {
+        let mut results = self.workloads.clone();
+        for result in &mut results {
+            match result.outcome {
+                WorkloadOutcome::NotRun => result.detail = Some(format!("not run: {why}")),
+                WorkloadOutcome::Unfinished => {
+                    let failed = result.detail.take().filter(|_| result.failed > 0);
+                    result.detail =
+                        Some(failed.map_or_else(|| why.to_owned(), |case| format!("{why}; before, {case}")));
+                }
+                WorkloadOutcome::Pass => result.detail = None,
+                WorkloadOutcome::Fail | WorkloadOutcome::Skip => {}
+            }
+        }
+        results
+    }
+}
+
+/// The violation that a case reports: data that differs from the model, or a hole that the device could still reach.
+///
+/// A workload says so by filling in what it found. A case that failed without that failed for a reason of its own, such as
+/// memory that it did not get, and makes the run inconclusive.
+fn mismatch(case: &Case) -> Option<Violation> {
+    let found = case.mismatch?;
+    let reader = match found.reader {
+        Reader::Cpu => "the CPU",
+        Reader::Device => "the device",
+    };
+    let mut summary = format!("{}/{} (iteration {})", case.workload, case.case, case.iteration);
+    if found.expected == found.found {
+        summary.push_str(&format!(": {reader} reached {:#x}", found.address));
+    } else {
+        summary.push_str(&format!(
+            ": {reader} read {:#x} at {:#x} where the model has {:#x}",
+            found.found, found.address, found.expected
+        ));
+    }
+    if let Some(detail) = &case.detail {
+        summary.push_str(&format!(" ({detail})"));
+    }
+    let mut violation = Violation::new(Rule::DataMismatch, summary).at(Some(found.address), None);
+    if found.context != 0 {
+        violation = violation.on(Handle(found.context));
+    }
+    Some(violation)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runner::RunConfig;
+    use crate::runner::plan::plan;
+    use guest_protocol::Mismatch;
+
+    fn case(outcome: Outcome, mismatch: Option<Mismatch>) -> Case {
+        Case {
+            workload: "access".into(),
+            case: "anonymous/fill".into(),
+            seed: 1,
+            iteration: 2,
+            outcome,
+            seconds: 0.1,
+            detail: (outcome != Outcome::Pass).then(|| "because".into()),
+            mismatch,
+        }
+    }
+
+    fn start(workload: &str) -> Message {
+        Message::WorkloadStart { workload: workload.into(), seed: 1 }
+    }
+
+    #[test]
+    fn workloads_that_did_not_end_are_told_from_those_that_did() {
+        let mut story = Story::new(&plan(&RunConfig::for_tests()));
+        story.message(&start("access"));
+        assert_eq!(story.workload(), Some("access"));
+        story.message(&Message::Case(case(Outcome::Pass, None)));
+        let results = story.results("guest died");
+        assert_eq!(results[0].outcome, WorkloadOutcome::Unfinished);
+        assert_eq!(results[0].cases, 1);
+        assert_eq!(results[1].detail.as_deref(), Some("not run: guest died"));
+        story.message(&Message::WorkloadEnd {
+            workload: "access".into(),
+            outcome: Outcome::Pass,
+            seconds: f64::NAN,
+            cases: 9,
+            failed: 0,
+        });
+        let results = story.results("guest died");
+        assert_eq!(
+            (results[0].outcome, results[0].cases, results[0].seconds),
+            (WorkloadOutcome::Pass, 9, 0.0)
+        );
+        assert_eq!(story.workload(), None);
+    }
+
+    #[test]
+    fn only_data_is_a_violation() {
+        let mut story = Story::new(&plan(&RunConfig::for_tests()));
+        story.message(&start("access"));
+        assert!(story.message(&Message::Case(case(Outcome::Fail, None))).is_none());
+        let mismatch = Mismatch {
+            context: Handle::new(vgpu_spec::handle::Kind::Context, 3, 1).0,
+            address: 0x1000,
+            expected: 1,
+            found: 2,
+            reader: Reader::Device,
+        };
+        let violation = story.message(&Message::Case(case(Outcome::Fail, Some(mismatch)))).unwrap();
+        assert_eq!(violation.rule, Rule::DataMismatch);
+        assert_eq!(violation.address, Some(0x1000));
+        assert_eq!(violation.context_name.as_deref(), Some("context 3#1"));
+        assert!(violation.summary.contains("the device read 0x2 at 0x1000 where the model has 0x1"));
+        let result = &story.results("why")[0];
+        assert_eq!(
+            (result.failed, result.detail.as_deref()),
+            (2, Some("why; before, anonymous/fill: because"))
+        );
+    }
+
+    #[test]
+    fn strangers_are_ignored() {
+        let mut story = Story::new(&plan(&RunConfig::for_tests()));
+        story.message(&start("no such workload"));
+        story.message(&Message::Case(case(Outcome::Fail, None)));
+        assert_eq!(story.workload(), None);
+        assert_eq!(story.loose, ["access/anonymous/fill: because"]);
+        assert!(story.results("x").iter().all(|result| result.cases == 0));
+    }
+
+    #[test]
+    fn a_driver_that_cannot_be_unloaded() {
+        let mut story = Story::new(&plan(&RunConfig::for_tests()));
+        let mut unload = case(Outcome::Fail, None);
+        unload.workload = "unload".into();
+        unload.detail = Some("delete_module: Try again (EAGAIN)".into());
+        let violation = story.message(&Message::Case(unload.clone())).unwrap();
+        assert_eq!(violation.rule, Rule::UnregisterLeak);
+        // A driver of the user's may have another name.
+        unload.detail = Some("delete_module: No such file or directory (ENOENT)".into());
+        assert!(story.message(&Message::Case(unload)).is_none());
+        assert_eq!(story.loose.len(), 1);
+    }
+}
