@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! How fast the device is, without a machine around it.
+//!
+//! `cargo bench -p vgpu --features testing`. Each figure includes what a job costs to hand over, so jobs are large.
+#![allow(missing_docs, reason = "criterion's macros make public items")]
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use vgpu::gpu::GpuConfig;
+use vgpu::testing::{Queue, Rig};
+use vgpu_spec::job::*;
+use vgpu_spec::pte::{ATOMIC, HUGE, VALID, WRITE};
+
+const VA: u64 = 0x10_0000_0000;
+const ELEMENTS: u64 = 1 << 16;
+const HUGE_PAGE: u64 = 2 << 20;
+
+fn rig(tlb_entries: Option<usize>) -> Rig {
+    Rig::new(GpuConfig { engines: 1, tlb_entries, ..GpuConfig::default() }, 64 << 20)
+}
+
+/// Runs `jobs` as one submission; how long until the last is done.
+fn time(rig: &Rig, queue: &mut Queue, job: Job, jobs: u64) -> Duration {
+    let start = Instant::now();
+    let mut last = 0;
+    for _ in 0..jobs {
+        last = queue.submit(rig, Job { flags: job.flags | FLAG_NO_IRQ, ..job });
+        if queue.tail % 8 == 0 {
+            assert_eq!(queue.wait(rig, last).status, JOB_OK);
+        }
+    }
+    assert_eq!(queue.wait(rig, last).status, JOB_OK);
+    start.elapsed()
+}
+
+/// One translation a word: found in the last few, found in the TLB, walked.
+fn translation(c: &mut Criterion) {
+    let mut group = c.benchmark_group("translation");
+    group.throughput(Throughput::Elements(ELEMENTS));
+    for (name, limit, stride) in
+        [("same page", None, 8), ("TLB hit", None, 4096), ("TLB miss and walk", Some(1), 4096)]
+    {
+        let rig = rig(limit);
+        let mut space = rig.bind();
+        let mut queue = space.queue(4);
+        let memory = rig.alloc(0x1000);
+        // The same frame at many addresses, so that the host's own TLB and caches do not count.
+        for page in 0..ELEMENTS * stride / 4096 {
+            let leaf = memory | VALID | WRITE | ATOMIC;
+            space.map(VA + (page << 12), leaf);
+        }
+        let job = Job { op: OP_STRIDED, dst: VA, len: ELEMENTS, operand: [0, stride, 0], ..Job::default() };
+        time(&rig, &mut queue, job, 1);
+        group.bench_function(name, |b| b.iter_custom(|jobs| time(&rig, &mut queue, job, jobs)));
+    }
+    group.finish();
+}
+
+/// INVALIDATE commands, 64 a doorbell, with nothing in flight.
+fn invalidate(c: &mut Criterion) {
+    let rig = rig(None);
+    let space = rig.bind();
+    let mut group = c.benchmark_group("commands");
+    group.throughput(Throughput::Elements(64));
+    let batch = [space.invalidate(VA, VA + 0xfff); 64];
+    group.bench_function("invalidate", |b| b.iter(|| rig.wait(rig.submit(&batch))));
+    group.throughput(Throughput::Elements(1));
+    group.bench_function("round trip", |b| b.iter(|| rig.command(batch[0])));
+    group.finish();
+}
+
+/// 2 MiB leaves against a plain copy of the same memory.
+fn bandwidth(c: &mut Criterion) {
+    let rig = rig(None);
+    let mut space = rig.bind();
+    let mut queue = space.queue(4);
+    let (from, to) = (rig.alloc(HUGE_PAGE), rig.alloc(HUGE_PAGE));
+    space.map(VA, from | VALID | WRITE | HUGE);
+    space.map(VA + HUGE_PAGE, to | VALID | WRITE | HUGE);
+    for page in 0..512 {
+        space.map(2 * VA + (page << 12), (from + (page << 12)) | VALID | WRITE);
+        space.map(3 * VA + (page << 12), (to + (page << 12)) | VALID | WRITE);
+    }
+    let mut group = c.benchmark_group("bandwidth");
+    group.throughput(Throughput::Bytes(HUGE_PAGE));
+    let snapshot = rig.memory.snapshot();
+    let slice = |at| snapshot.slice_up_to(at, HUGE_PAGE, true).expect("the rig's memory");
+    let (source, target) = (slice(from), slice(to));
+    group.bench_function("memcpy", |b| b.iter(|| black_box(&source).copy_to_volatile_slice(target)));
+    let job = |op, dst, src| Job { op, dst, src, len: HUGE_PAGE, operand: [3, 5, 0], ..Job::default() };
+    for (name, job) in [
+        ("copy, 2 MiB leaves", job(OP_COPY, VA + HUGE_PAGE, VA)),
+        ("copy, 4 KiB leaves", job(OP_COPY, 3 * VA, 2 * VA)),
+        ("fill, 2 MiB leaves", job(OP_FILL, VA, 0)),
+        ("check, 2 MiB leaves", job(OP_CHECK, 0, VA)),
+    ] {
+        group.bench_function(name, |b| b.iter_custom(|jobs| time(&rig, &mut queue, job, jobs)));
+    }
+    group.finish();
+}
+
+criterion_group!(benches, translation, invalidate, bandwidth);
+criterion_main!(benches);
