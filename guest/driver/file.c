@@ -210,8 +210,10 @@ static int vgpu_ioctl_query(struct vgpu_file *file, void __user *user)
 		return -ENODEV;
 	if (!IS_ERR(ctx)) {
 		arg.ctx = ctx->handle;
-		arg.state = READ_ONCE(ctx->stopped) ? HMM_VGPU_STATE_RELEASED :
-						      HMM_VGPU_STATE_BOUND;
+		/* So that "released" means that it is done. */
+		mutex_lock(&ctx->pt_lock);
+		arg.state = ctx->stopped ? HMM_VGPU_STATE_RELEASED : HMM_VGPU_STATE_BOUND;
+		mutex_unlock(&ctx->pt_lock);
 		arg.faults_served = atomic64_read(&ctx->faults_served);
 		arg.faults_cancelled = atomic64_read(&ctx->faults_cancelled);
 		arg.fault_retries = atomic64_read(&ctx->fault_retries);

@@ -28,7 +28,6 @@ static void vgpu_device_free(struct kref *ref)
 {
 	struct vgpu_device *vdev = container_of(ref, struct vgpu_device, ref);
 
-	ida_free(&vgpu_ids, vdev->id);
 	bitmap_free(vdev->table_map);
 	kvfree(vdev->ctx);
 	kfree(vdev);
@@ -153,6 +152,7 @@ err_regions:
 err_disable:
 	pci_disable_device(pdev);
 err_device:
+	ida_free(&vgpu_ids, vdev->id);
 	vgpu_device_put(vdev);
 	return ret;
 }
@@ -166,6 +166,7 @@ static void vgpu_remove(struct pci_dev *pdev)
 	struct vgpu_device *vdev = pci_get_drvdata(pdev);
 
 	misc_deregister(&vdev->misc);
+	ida_free(&vgpu_ids, vdev->id);
 	vgpu_files_detach(vdev);
 
 	vgpu_irq_stop(vdev);
