@@ -45,6 +45,9 @@ pub struct FunctionSlot {
     pub interrupts: Arc<InterruptSwitch>,
 }
 
+/// Takes a console's bytes as they come.
+pub type ConsoleSink = Box<dyn FnMut(&[u8]) + Send>;
+
 /// What to start.
 pub struct MachineConfig {
     /// The kernel image.
@@ -62,7 +65,7 @@ pub struct MachineConfig {
     /// The functions, in the order of their PCI slots.
     pub functions: Vec<FunctionSlot>,
     /// Takes the console's bytes as they come, on a thread of the machine. The guest waits while it does not return.
-    pub console: Box<dyn FnMut(&[u8]) + Send>,
+    pub console: ConsoleSink,
     /// Puts the console on this terminal as well.
     pub interactive: bool,
 }

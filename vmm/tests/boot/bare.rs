@@ -2,12 +2,13 @@
 //! The QEMU machine itself, with a guest of a hundred bytes instead of a kernel: what it promises the runner, within a second.
 
 use std::io::Write;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use hmm_testbench::machine::{Accel, FunctionSlot, Machine, MachineConfig, MachineExit, qemu};
+use hmm_testbench::machine::{Accel, ConsoleSink, FunctionSlot, Machine, MachineConfig, MachineExit, qemu};
 use hmm_testbench::provision::{Cache, Provisioner, QemuProgram};
+use parking_lot::Mutex;
 use vgpu::function::{Backing, Bar, Effects, Function, InterruptSwitch};
 use vgpu::memory::SystemMemory;
 use vgpu::pci::{BarShape, CLASS_WITNESS, ConfigSpace, Identity};
@@ -91,10 +92,10 @@ impl Function for Script {
         false
     }
     fn config_read(&self, offset: u16, data: &mut [u8]) {
-        self.config.lock().unwrap().read(offset, data);
+        self.config.lock().read(offset, data);
     }
     fn config_write(&self, offset: u16, data: &[u8]) -> Effects {
-        let _ = self.config.lock().unwrap().write(offset, data);
+        let _ = self.config.lock().write(offset, data);
         Effects::default()
     }
     fn bar_read(&self, _bar: u8, offset: u64, data: &mut [u8]) {
@@ -110,7 +111,7 @@ impl Function for Script {
         match offset {
             STALL => {
                 std::thread::sleep(Duration::from_millis(value.into()));
-                *self.stalled.lock().unwrap() = Some(Instant::now());
+                *self.stalled.lock() = Some(Instant::now());
             }
             DMA => self.memory.snapshot().write(value.into(), b"c").expect("guest memory"),
             _ => {}
@@ -118,7 +119,7 @@ impl Function for Script {
         Effects::default()
     }
     fn reset(&self) -> Effects {
-        self.config.lock().unwrap().reset();
+        self.config.lock().reset();
         Effects::default()
     }
 }
@@ -170,7 +171,7 @@ fn start(end: End) -> Started {
 fn config(
     image: &tempfile::NamedTempFile,
     functions: Vec<FunctionSlot>,
-    console: Box<dyn FnMut(&[u8]) + Send>,
+    console: ConsoleSink,
 ) -> MachineConfig {
     let mut initramfs = tempfile::tempfile().expect("a temporary file");
     initramfs.write_all(b"unused").expect("a small file");
@@ -210,7 +211,7 @@ fn a_register_write_has_arrived_before_the_processor_goes_on() {
     let mut started = start(End::PowerOff);
     let before = started.letter(b'a');
     let after = started.letter(b'b');
-    let stalled = *started.script.stalled.lock().unwrap();
+    let stalled = *started.script.stalled.lock();
     let stalled = stalled.expect("the write was posted");
     assert!(after >= stalled && after - before >= Duration::from_millis(900), "the write was posted");
     // So has what the device wrote to memory, and a read goes all the way.

@@ -24,7 +24,7 @@ use self::monitor::{Monitor, Story};
 use self::rendezvous::Rendezvous;
 use self::terminal::Terminal;
 use super::vfio_user::{Connection, Server};
-use super::{Machine, MachineConfig, MachineExit};
+use super::{ConsoleSink, Machine, MachineConfig, MachineExit};
 use crate::failure::{Failure, Result};
 use crate::provision::QemuProgram;
 
@@ -92,11 +92,7 @@ fn try_start(program: &QemuProgram, config: MachineConfig) -> io::Result<QemuMac
 }
 
 /// Follows the console until QEMU closes it.
-fn read_console(
-    mut stream: UnixStream,
-    mut sink: Box<dyn FnMut(&[u8]) + Send>,
-    show: bool,
-) -> io::Result<JoinHandle<()>> {
+fn read_console(mut stream: UnixStream, mut sink: ConsoleSink, show: bool) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name("console".into()).spawn(move || {
         let mut buffer = [0; 4096];
         let terminal = io::stdout();
