@@ -57,6 +57,11 @@ impl Parent {
         self.say(&Word::Ready(number));
     }
 
+    /// Says that something is wrong.
+    pub(crate) fn failed(&self, failure: &Failure) {
+        self.say(&Word::Failed(failure.clone()));
+    }
+
     fn say(&self, word: &Word) {
         if let Ok(mut line) = serde_json::to_vec(word) {
             line.push(b'\n');
@@ -205,7 +210,8 @@ impl Child {
         }
     }
 
-    fn next_failure(&mut self) -> Option<Failure> {
+    /// The next failure that it, or a child of its own, has told.
+    pub(crate) fn next_failure(&mut self) -> Option<Failure> {
         loop {
             if let Word::Failed(failure) = self.next_word()? {
                 return Some(failure);

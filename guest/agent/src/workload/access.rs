@@ -16,7 +16,7 @@ use crate::process::Child;
 use crate::rng::Rng;
 
 /// Rounds in the default suite.
-pub(super) const ROUNDS: u64 = 2;
+pub(super) const ROUNDS: u64 = 1;
 
 /// A kind of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

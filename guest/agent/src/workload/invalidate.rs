@@ -24,7 +24,7 @@ use crate::rng::Rng;
 /// Rounds in the default suite.
 pub(super) const ROUNDS: u64 = 2;
 /// Accesses of a job that runs while memory is changed.
-const LOAD: u64 = 100_000;
+const LOAD: u64 = 50_000;
 /// Pages that are filled again where nothing is present: each costs a fault of its own.
 const FEW: usize = 12 * PAGE;
 
@@ -101,7 +101,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     }
     // Each block is 64 pages that the device has mapped, and so 64 invalidations.
     for (name, blocks, op) in
-        [("dontneed", 60, Op::DontNeed), ("mprotect-none", 15, Op::ProtectNone), ("munmap", 15, Op::Munmap)]
+        [("dontneed", 24, Op::DontNeed), ("mprotect-none", 6, Op::ProtectNone), ("munmap", 6, Op::Munmap)]
     {
         round.case(&format!("{name}/each-page"), |rng| each_page(device, rng, op, blocks));
     }
