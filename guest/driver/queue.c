@@ -10,6 +10,9 @@
 
 #include "hmm_vgpu.h"
 
+/* How often a job is looked for that ends without an interrupt. */
+#define VGPU_QUEUE_POLL_NS	NSEC_PER_MSEC
+
 #define VGPU_QUEUE_BYTES						\
 	(VGPU_QUEUE_JOBS * (sizeof(struct vgpu_job) +			\
 			    sizeof(struct vgpu_completion)) + sizeof(__le64))
@@ -198,6 +201,47 @@ static bool vgpu_queue_reached(struct vgpu_queue *q, u64 fence)
 	return smp_load_acquire(&q->done) >= fence;
 }
 
+/* Whether a job that has not ended will end without an interrupt. */
+static bool vgpu_queue_silent(struct vgpu_queue *q, u64 fence)
+{
+	bool silent = false;
+
+	mutex_lock(&q->lock);
+	if (q->job && q->done < fence)
+		silent = le16_to_cpu(q->job[(fence - 1) % VGPU_QUEUE_JOBS].flags) &
+			 VGPU_JOB_FLAG_NO_IRQ;
+	mutex_unlock(&q->lock);
+	return silent;
+}
+
+/* Sleeps until a job has ended; looks for it now and then if nothing will tell. */
+static int vgpu_queue_sleep(struct vgpu_ctx *ctx, struct vgpu_queue *q, u64 fence,
+			    ktime_t timeout)
+{
+	bool silent = vgpu_queue_silent(q, fence);
+	ktime_t end = ktime_add_safe(ktime_get(), timeout);
+	int ret;
+
+	do {
+		ktime_t left = ktime_sub(end, ktime_get());
+
+		if (silent)
+			left = min_t(ktime_t, left, VGPU_QUEUE_POLL_NS);
+		ret = wait_event_interruptible_hrtimeout(q->wait,
+				vgpu_queue_reached(q, fence) ||
+				vgpu_is_dead(ctx->vdev), max_t(ktime_t, left, 0));
+		if (ret == -ETIME)
+			vgpu_queue_scan(q);
+		if (vgpu_queue_reached(q, fence))
+			return 0;
+		if (ret == -ERESTARTSYS)
+			return -EINTR;
+		if (vgpu_is_dead(ctx->vdev))
+			return -EIO;
+	} while (ktime_before(ktime_get(), end));
+	return -ETIME;
+}
+
 /**
  * vgpu_queue_wait() - wait for a job to end, and tell how
  * @ctx: the context
@@ -211,7 +255,6 @@ int vgpu_queue_wait(struct vgpu_ctx *ctx, struct vgpu_queue *q,
 		    struct hmm_vgpu_wait *arg)
 {
 	struct vgpu_result result;
-	ktime_t timeout;
 	u64 last;
 	int ret;
 
@@ -223,19 +266,10 @@ int vgpu_queue_wait(struct vgpu_ctx *ctx, struct vgpu_queue *q,
 	if (!vgpu_queue_reached(q, arg->fence)) {
 		if (!arg->timeout_ns)
 			return -ETIME;
-		timeout = min_t(u64, arg->timeout_ns, KTIME_MAX);
-		ret = wait_event_interruptible_hrtimeout(q->wait,
-				vgpu_queue_reached(q, arg->fence) ||
-				vgpu_is_dead(ctx->vdev), timeout);
-		if (ret == -ERESTARTSYS)
-			return -EINTR;
-		/* A job that asked for no interrupt may have ended unseen. */
-		if (ret == -ETIME)
-			vgpu_queue_scan(q);
-		if (ret && !vgpu_queue_reached(q, arg->fence))
+		ret = vgpu_queue_sleep(ctx, q, arg->fence,
+				       min_t(u64, arg->timeout_ns, KTIME_MAX));
+		if (ret)
 			return ret;
-		if (!vgpu_queue_reached(q, arg->fence))
-			return -EIO;
 	}
 
 	mutex_lock(&q->lock);
