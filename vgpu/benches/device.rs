@@ -2,6 +2,7 @@
 //! How fast the device is, without a machine around it.
 //!
 //! `cargo bench -p vgpu --features testing`. Each figure includes what a job costs to hand over, so jobs are large.
+#![allow(clippy::expect_used, reason = "a benchmark may fail loudly")]
 #![allow(missing_docs, reason = "criterion's macros make public items")]
 
 use std::hint::black_box;
@@ -14,7 +15,8 @@ use vgpu_spec::job::*;
 use vgpu_spec::pte::{ATOMIC, HUGE, VALID, WRITE};
 
 const VA: u64 = 0x10_0000_0000;
-const ELEMENTS: u64 = 1 << 16;
+/// Pages mapped, and accesses a job.
+const PAGES: u64 = 1 << 12;
 const HUGE_PAGE: u64 = 2 << 20;
 
 fn rig(tlb_entries: Option<usize>) -> Rig {
@@ -38,7 +40,7 @@ fn time(rig: &Rig, queue: &mut Queue, job: Job, jobs: u64) -> Duration {
 /// One translation a word: found in the last few, found in the TLB, walked.
 fn translation(c: &mut Criterion) {
     let mut group = c.benchmark_group("translation");
-    group.throughput(Throughput::Elements(ELEMENTS));
+    group.throughput(Throughput::Elements(PAGES));
     for (name, limit, stride) in
         [("same page", None, 8), ("TLB hit", None, 4096), ("TLB miss and walk", Some(1), 4096)]
     {
@@ -47,11 +49,11 @@ fn translation(c: &mut Criterion) {
         let mut queue = space.queue(4);
         let memory = rig.alloc(0x1000);
         // The same frame at many addresses, so that the host's own TLB and caches do not count.
-        for page in 0..ELEMENTS * stride / 4096 {
+        for page in 0..PAGES {
             let leaf = memory | VALID | WRITE | ATOMIC;
             space.map(VA + (page << 12), leaf);
         }
-        let job = Job { op: OP_STRIDED, dst: VA, len: ELEMENTS, operand: [0, stride, 0], ..Job::default() };
+        let job = Job { op: OP_STRIDED, dst: VA, len: PAGES, operand: [0, stride, 0], ..Job::default() };
         time(&rig, &mut queue, job, 1);
         group.bench_function(name, |b| b.iter_custom(|jobs| time(&rig, &mut queue, job, jobs)));
     }

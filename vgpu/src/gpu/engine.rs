@@ -21,8 +21,8 @@ use crate::oracle::DeviceEvent;
 
 /// Steps of one turn, before another queue gets the engine.
 const TURN: u32 = 16;
-/// Words of the buffers that patterns are made and compared in.
-pub(crate) const SCRATCH: usize = 2048;
+/// Words of the buffers that patterns are made and compared in; two of them fit a first-level cache.
+pub(crate) const SCRATCH: usize = 1024;
 
 /// How a step ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

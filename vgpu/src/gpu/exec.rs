@@ -24,10 +24,10 @@ use crate::memory::{MemoryError, Snapshot};
 /// Single words accessed in one published step.
 const BATCH: u64 = 256;
 
-/// What the oracle is told of where a translation led: the 4 KiB frame, with the leaf's VRAM bit.
+/// What the oracle is told of where a translation led: the 4 KiB frame, or the page of VRAM.
 #[inline]
 fn frame(raw: u64, va: u64) -> u64 {
-    leaf_address(raw, va) & pte::ADDRESS | raw & pte::VRAM
+    leaf_address(raw, va) & pte::ADDRESS
 }
 
 impl Device {
@@ -155,9 +155,11 @@ impl Engine<'_> {
 
     fn pattern(&mut self, work: &Work, at: u64, words: usize) {
         let [base, step, _] = work.job.operand;
-        let first = base.wrapping_add(step.wrapping_mul((work.done + at) / 8));
-        for (i, word) in self.words[..words].iter_mut().enumerate() {
-            *word = first.wrapping_add(step.wrapping_mul(i as u64));
+        // Added up rather than multiplied out: a 64-bit product a word is what would take the time here.
+        let mut value = base.wrapping_add(step.wrapping_mul((work.done + at) / 8));
+        for word in &mut self.words[..words] {
+            *word = value;
+            value = value.wrapping_add(step);
         }
     }
 

@@ -20,6 +20,8 @@
 //! The oracle and the interrupt sink may be called under any of 1 to 4; they do not call back.
 
 mod bar;
+#[cfg(any(test, feature = "testing"))]
+mod check;
 mod command;
 mod context;
 mod counters;

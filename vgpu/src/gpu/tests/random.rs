@@ -2,22 +2,16 @@
 //! Properties under random input.
 
 use std::collections::HashMap;
-use std::sync::atomic::Ordering::SeqCst;
 
 use proptest::prelude::*;
 use vgpu_spec::command::*;
 use vgpu_spec::fault::{ACCESS_WRITE, REASON_ABSENT, REASON_RIGHTS};
-use vgpu_spec::handle::{Handle, Kind};
 use vgpu_spec::job::*;
-use vgpu_spec::pte::{ATOMIC, HUGE, VALID, VRAM, WRITE};
-use vgpu_spec::regs::gpu as regs;
+use vgpu_spec::pte::{HUGE, VALID, VRAM, WRITE};
 
 use crate::function::Function as _;
-use crate::gpu::context::State;
-use crate::gpu::device::Device;
-use crate::gpu::{GpuConfig, queue};
-use crate::oracle::Inspect as _;
-use crate::testing::{RAM, Rig};
+use crate::gpu::GpuConfig;
+use crate::testing::{Rig, input};
 
 /// So many cases, unless PROPTEST_CASES asks for more.
 fn cases(few: u32) -> ProptestConfig {
@@ -37,123 +31,6 @@ fn small() -> GpuConfig {
     }
 }
 
-/// What must hold whenever no command is at work.
-fn assert_consistent(device: &Device) {
-    let _core = device.core.lock();
-    for context in &device.contexts {
-        let (ctx, state) = context.now();
-        let tables = device.tables.pages.owned_by(ctx).count() as u32;
-        let data = device.data.owned_by(ctx).count() as u32;
-        if matches!(state, State::Bound | State::Released) {
-            assert_eq!(tables, context.table_pages.load(SeqCst));
-            assert_eq!(data, context.data_pages.load(SeqCst));
-            let live = |q: &&queue::Queue| q.ctx() == ctx && q.now().1 == queue::State::Live;
-            assert_eq!(device.queues.iter().filter(live).count() as u32, context.queues.load(SeqCst));
-        } else {
-            assert_eq!((tables, data), (0, 0), "{ctx} has pages though it is {state:?}");
-        }
-        if state != State::Bound {
-            for engine in &device.engines {
-                assert_eq!(engine.tlbs[ctx.index() as usize].lock().len(), 0, "{ctx} is {state:?}");
-            }
-        }
-    }
-    for page in device.tables.pages.owned() {
-        let owner = device.tables.pages.owner(page);
-        assert!(device.contexts[owner.index() as usize].state_of(owner).is_some());
-    }
-}
-
-/// A handle that mostly exists.
-fn handle(device: &Device, kind: Kind, from: u64) -> u64 {
-    let (index, other) = ((from & 0xf) as u32, (from >> 8) as u32);
-    if other % 8 == 0 {
-        return Handle::new(kind, index % 5, other >> 3 & 3).0;
-    }
-    match kind {
-        Kind::Context => device.contexts[index as usize % 3].now().0.0,
-        Kind::Queue => device.queues[index as usize % 3].now().0.0,
-        Kind::TablePage => device.tables.pages.handle(index).0,
-        Kind::DataPage => device.data.handle(index).0,
-        Kind::Fault => Handle::new(kind, index % 3, 1 + other % 4).0,
-    }
-}
-
-/// Rings, completions and memory for jobs, apart from what random writes hit most.
-const RINGS: u64 = RAM + 0x8_0000;
-const PAGES_AT: u64 = RAM + 0x9_0000;
-
-/// Two contexts with a few pages and a queue each, as a start.
-fn scene(rig: &Rig) {
-    for number in 0..2_u64 {
-        let mut space = rig.bind();
-        for page in 0..3 {
-            space.map(
-                page << 12,
-                (PAGES_AT + (page << 12)) | VALID | WRITE | if page == 2 { 0 } else { ATOMIC },
-            );
-        }
-        let ring = RINGS + number * 0x1000;
-        rig.ok(OP_QUEUE_CREATE, space.ctx, [ring, 2, ring + 0x400, ring + 0x800, 0]);
-    }
-}
-
-/// An address that may well be guest memory.
-fn address(from: u64) -> u64 {
-    match from % 8 {
-        0 => from,
-        1 => RAM + (1 << 20) - (from >> 3) % 256,
-        _ => RAM + ((from >> 3) % (1 << 20) & !63),
-    }
-}
-
-fn command(device: &Device, [op, a, b, c]: [u64; 4]) -> Command {
-    let handle = |kind, from| handle(device, kind, from);
-    let op = (op % 19) as u16;
-    let arg = match op {
-        OP_CTX_SET_ROOT => [if a % 8 == 0 { 0 } else { handle(Kind::TablePage, a) }, 0, 0, 0, 0],
-        OP_GRANT => [1 + a % 3, b % 17, 0, 0, 0],
-        OP_RETURN => [handle(if a % 2 == 0 { Kind::TablePage } else { Kind::DataPage }, a >> 1), 0, 0, 0, 0],
-        OP_WRITE_PTES => [handle(Kind::TablePage, a), b % 600 | (b >> 20) % 600 << 16, address(c), 0, 0],
-        OP_WRITE_PTE => {
-            let address = if c % 2 == 0 { (c >> 8) % 16 << 12 } else { address(c >> 8) & !0xfff };
-            [handle(Kind::TablePage, a), b % 3, address | c & 0x1f, 0, 0]
-        }
-        OP_CLEAR_PTES => [handle(Kind::TablePage, a), b % 600 | (b >> 20) % 600 << 16, 0, 0, 0],
-        OP_INVALIDATE => [a, b, 0, 0, 0],
-        OP_QUEUE_CREATE if a % 2 == 0 => {
-            let ring = RINGS + (a >> 8) % 4 * 0x1000;
-            [ring, 2 + b % 2, ring + 0x400, ring + 0x800, 0]
-        }
-        OP_QUEUE_CREATE => [address(a), b % 12, address(b >> 4), address(c), 0],
-        OP_QUEUE_DESTROY => [handle(Kind::Queue, a), 0, 0, 0, 0],
-        OP_FAULT_REPLAY | OP_FAULT_CANCEL => {
-            [if a % 2 == 0 { 0 } else { handle(Kind::Fault, a >> 1) }, 0, 0, 0, 0]
-        }
-        _ => [a, b, c, 0, 0],
-    };
-    let ctx = if c % 16 == 0 { a } else { handle(Kind::Context, c >> 4) };
-    Command { op, flags: u16::from(a % 64 == 63), ctx, arg, ..Command::default() }
-}
-
-fn job([op, a, b, c]: [u64; 4]) -> Job {
-    // Around the addresses that the few table entries above reach.
-    let va = |from: u64| {
-        if from % 8 == 0 { from } else { (from % 16 / 15) << 39 | (from >> 4) % 4 << 12 | (from & 0xff8) }
-    };
-    let len = if a % 8 == 0 { a } else { a % 0x3000 & !7 };
-    Job {
-        op: (op % 10) as u16,
-        flags: (op >> 8) as u16 & 3,
-        reserved: u32::from(op % 64 == 63),
-        fence: a,
-        dst: va(b),
-        src: va(c),
-        len,
-        operand: [a, if b % 8 == 0 { b } else { b % 0x2000 & !7 }, c],
-    }
-}
-
 proptest! {
     #![proptest_config(cases(48))]
 
@@ -161,58 +38,11 @@ proptest! {
     #[test]
     fn no_input_upsets_the_device(ops in proptest::collection::vec((0..16_u8, any::<[u64; 4]>()), 1..150)) {
         let rig = Rig::new(small(), 1 << 20);
-        scene(&rig);
-        for (kind, words) in ops {
-            let [a, b, c, _] = words;
-            match kind {
-                0..=5 => {
-                    let index = rig.read(regs::CMD_HEAD);
-                    let slot = rig.commands + u64::from(index % 256) * 64;
-                    rig.memory.snapshot().write_object(slot, &command(&rig.gpu.device, words)).unwrap();
-                    rig.write(regs::CMD_TAIL, index.wrapping_add(1));
-                    // Mostly it is taken before the next; not always, since the device may be off.
-                    for _ in 0..50 {
-                        if rig.read(regs::CMD_HEAD) != index {
-                            break;
-                        }
-                        std::thread::yield_now();
-                    }
-                }
-                6..=8 => {
-                    let at = RINGS + (a >> 8) % 4 * 0x1000 + (a >> 16) % 4 * 64;
-                    rig.memory.snapshot().write_object(at, &job(words)).unwrap();
-                    let queue = &rig.gpu.device.queues[(a % 3) as usize];
-                    // Mostly one more than last time.
-                    let tail = queue.doorbell.load(SeqCst) as u16;
-                    let tail = if b % 16 == 0 { b as u16 } else { tail.wrapping_add(1) };
-                    let bell = queue.now().0.generation() << 16 | u32::from(tail);
-                    rig.write(regs::QUEUE_DOORBELL + 4 * (a % 3) as u32, bell);
-                    std::thread::yield_now();
-                }
-                9 if c % 4 == 0 => rig.write((a % 0x200) as u32 * 4, b as u32),
-                10 if c % 4 == 0 => {
-                    let register = regs::REGISTERS[(a % regs::REGISTERS.len() as u64) as usize];
-                    rig.write(register.offset, b as u32 >> (c % 32));
-                }
-                11 => {
-                    let _ = rig.gpu.bar_write(0, regs::WINDOW as u64 + a % 0x1010, &b.to_le_bytes()[..(c % 9) as usize]);
-                    let mut data = [0; 16];
-                    rig.gpu.bar_read((a % 5) as u8, b % 0x1_0010, &mut data[..(c % 17) as usize]);
-                }
-                12 if c % 4 == 0 => {
-                    let _ = rig.gpu.config_write(a as u16 % 0x100, &b.to_le_bytes()[..(c % 9) as usize]);
-                }
-                13 => rig.start(),
-                14 => {
-                    let _ = rig.memory.snapshot().write_object(address(a), &[b, c]);
-                    let _ = rig.gpu.context(Handle(handle(&rig.gpu.device, Kind::Context, c)));
-                }
-                _ => assert_consistent(&rig.gpu.device),
-            }
-        }
-        assert_consistent(&rig.gpu.device);
+        input::scene(&rig);
+        input::play(&rig, &ops);
+        rig.gpu.assert_consistent();
         let _ = rig.gpu.reset();
-        assert_consistent(&rig.gpu.device);
+        rig.gpu.assert_consistent();
         rig.start();
         let space = rig.bind();
         prop_assert!(space.close().iter().all(|status| *status == STATUS_OK));

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! For tests, benchmarks and fuzz targets: a machine of two files and a tiny driver.
 
+pub mod input;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt as _;
