@@ -179,7 +179,12 @@ impl Device {
         }
         let snapshot = self.memory.snapshot();
         let mut taken = 0;
-        while core.head != tail && taken < BATCH && core.pending.len() < ring.size() as usize {
+        // Reporting may stop the ring in between.
+        while core.ring.is_some()
+            && core.head != tail
+            && taken < BATCH
+            && core.pending.len() < ring.size() as usize
+        {
             let slot = ring.slot(core.head);
             let Ok(command) = snapshot.read_object::<Command>(slot) else {
                 self.stop_ring(core);

@@ -232,6 +232,8 @@ impl Device {
     /// land after a reset. Both are bounded and depend on nothing but this process.
     pub(crate) fn reset(&self) {
         let mut core = self.core.lock();
+        // Off first: nothing may start the engines again in between.
+        self.registers.set(CTRL, 0);
         self.sched.reset();
         // Every field is named, so that a new one cannot be forgotten here.
         let Self {

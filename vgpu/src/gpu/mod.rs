@@ -76,7 +76,7 @@ pub struct GpuConfig {
     pub vram_bytes: u64,
     /// Offer MSI-X beside MSI.
     pub msix: bool,
-    /// Translations of each size that an engine keeps per context; `None` is all of them, for ever.
+    /// Translations of each size that an engine keeps per context; `None` is all of them until told otherwise (2^18, in fact).
     pub tlb_entries: Option<usize>,
 }
 

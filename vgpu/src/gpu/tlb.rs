@@ -11,6 +11,10 @@ use std::hash::{BuildHasherDefault, Hasher};
 use vgpu_spec::handle::Handle;
 use vgpu_spec::pte::{self, HUGE_SHIFT, PAGE_SHIFT};
 
+/// Entries of either size in one TLB, whatever the configuration says: a driver that links its tables ever elsewhere and never
+/// invalidates must not use up the host's memory. 1 GiB in 4 KiB leaves.
+const ENTRIES_MAX: usize = 1 << 18;
+
 /// Mixes page numbers, which differ in their low bits. The keys come from the driver, but a chosen collision only slows the
 /// context of the one who chose it.
 #[derive(Default)]
@@ -70,7 +74,7 @@ impl Tlb {
         let shift = leaf_shift(raw);
         let entries = if shift == HUGE_SHIFT { &mut self.huge } else { &mut self.small };
         let key = va >> shift;
-        if limit.is_some_and(|limit| entries.len() >= limit) && !entries.contains_key(&key) {
+        if entries.len() >= limit.unwrap_or(ENTRIES_MAX).min(ENTRIES_MAX) && !entries.contains_key(&key) {
             // Any will do: the map's own order has nothing to do with addresses.
             if let Some(victim) = entries.keys().next().copied() {
                 entries.remove(&victim);
