@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 
 use super::Reporter;
 use super::results::Results;
+use crate::console::lines::printk;
 use crate::event::{Event, EventSink};
 use crate::failure::Failure;
 
@@ -188,6 +189,7 @@ impl Human {
             Message::Fatal { reason } => {
                 self.print(&self.paint(Tone::Bad, &format!("guest: cannot go on: {reason}")))
             }
+            Message::Metric { name, value, unit } => self.print(&format!("{name}: {value:.3} {unit}")),
             Message::Done => {}
         }
     }
@@ -265,9 +267,9 @@ impl EventSink for Human {
             Event::StepEnd { step, seconds, cached, ok } => {
                 self.step_end(&mut state, &step, seconds, cached, ok);
             }
-            // What the guest prints is a program's output or the kernel's complaint; the boot is neither.
+            // What programs print is shown. The kernel's complaints are shown as what they are, the rest is in console.log.
             Event::Console { line } => {
-                if state.driver_loaded && !line.trim().is_empty() {
+                if state.driver_loaded && !line.trim().is_empty() && printk(&line).is_none() {
                     self.print(&self.paint(Tone::Quiet, &format!("| {line}")));
                 }
             }

@@ -260,7 +260,11 @@ impl<'a> Session<'a> {
 
     fn message(&mut self, now: Instant, message: Message) {
         self.watch.message(now, &message);
-        if matches!(message, Message::Booted { .. }) && self.end.boot_seconds.is_none() {
+        if matches!(message, Message::Booted { .. }) {
+            if self.end.boot_seconds.is_some() {
+                // Said on the console first, and again through the witness once there is one.
+                return;
+            }
             self.end.boot_seconds = Some(now.saturating_duration_since(self.start).as_secs_f64());
         }
         if let Some(violation) = self.end.story.message(&message) {

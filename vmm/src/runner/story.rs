@@ -98,7 +98,7 @@ impl Story {
             Message::ExecEnd { status } => self.exec_status = Some(*status),
             Message::Fatal { reason } => self.fatal = Some(reason.clone()),
             Message::Done => self.done = true,
-            Message::Progress { .. } => {}
+            Message::Progress { .. } | Message::Metric { .. } => {}
         }
         None
     }

@@ -43,14 +43,19 @@ pub(super) fn text(results: &Results, paint: Paint<'_>) -> String {
         Verdict::Inconclusive | Verdict::Error => Tone::Doubtful,
     };
     let _ = writeln!(text, "\n{}", paint(tone, &format!("verdict: {}", results.verdict.name())));
-    for reason in &results.reasons {
-        let _ = writeln!(text, "  {reason}");
+    // Why a run could not be made is said on standard error, with what to do about it.
+    if results.error.is_none() {
+        for reason in &results.reasons {
+            let _ = writeln!(text, "  {reason}");
+        }
     }
     text
 }
 
 fn workloads(text: &mut String, results: &Results, paint: Paint<'_>) {
-    if results.workloads.is_empty() {
+    // A run that was not made has no workloads to speak of.
+    let error = results.error.is_some() && results.counters.accesses == 0;
+    if results.workloads.is_empty() || error {
         return;
     }
     let width = results.workloads.iter().map(|w| w.name.len()).max().unwrap_or(0).max("workload".len());

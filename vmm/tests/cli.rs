@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The command line as scripts see it: what is refused before anything is started, and with which exit status.
+
+#![allow(clippy::unwrap_used)] // The lint's exception for tests does not cover their helpers.
+
+use assert_cmd::Command;
+
+fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let cache = tempfile::tempdir().unwrap();
+    let output = Command::cargo_bin("hmm-testbench")
+        .unwrap()
+        .args(arguments)
+        // Nothing here may get as far as provisioning.
+        .env("HMM_TESTBENCH_CACHE", cache.path())
+        .output()
+        .unwrap();
+    assert!(std::fs::read_dir(cache.path()).unwrap().next().is_none(), "{arguments:?} touched the cache");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn what_is_wrong_is_refused_by_name() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let file = file.path().to_str().unwrap();
+    for (arguments, said) in [
+        (&["run", "acces"][..], "there are: access"),
+        (&["run", "--cpus", "0"], "--cpus"),
+        (&["run", "--memory", "12"], "512M"),
+        (&["run", "--duration", "5"], "30s"),
+        (&["run", "--seed", "abc"], "--seed"),
+        (&["run", "--patch", "/nonexistent.patch"], "/nonexistent.patch"),
+        (&["run", "--driver", "/nonexistent.ko"], "/nonexistent.ko"),
+        (&["run", "--add", "/nonexistent:/x"], "/nonexistent"),
+        (&["run", "--exec", " "], "--exec"),
+        (&["run", "--out", file], "not a folder"),
+        (&["run", "--format", "xml"], "human"),
+        (&["run", "--shell"], "terminal"),
+        (&["run", "--shell", "--format", "jsonl"], "terminal"),
+        (&["list", "everything"], "workloads"),
+        (&["no-such-command"], "no-such-command"),
+        (&[], "Usage"),
+    ] {
+        let (status, _, stderr) = run(arguments);
+        assert_eq!(status, Some(2), "{arguments:?}: {stderr}");
+        assert!(stderr.contains(said), "{arguments:?}: {stderr}");
+    }
+}
+
+#[test]
+fn what_this_version_lacks_is_said() {
+    for arguments in [
+        &["run", "--nested"][..],
+        &["run", "--machine", "kvm"],
+        &["run", "--backend", "mirror"],
+        &["run", "--mirror-policy", "srcu"],
+        &["run", "--inject", "x"],
+        &["run", "--allow", "x"],
+        &["run", "--vfio", "0000:00:00.0"],
+        &["run", "--format", "ktap"],
+        &["run", "--format", "junit"],
+        &["mutants", "--json"],
+        &["check", "trace"],
+        &["campaign", "run"],
+        &["report", "dir"],
+    ] {
+        let (status, _, stderr) = run(arguments);
+        assert_eq!(status, Some(2), "{arguments:?}: {stderr}");
+        assert!(stderr.contains("not in this version"), "{arguments:?}: {stderr}");
+    }
+}
+
+#[test]
+fn lists() {
+    for (kind, member) in [("workloads", "stress"), ("rules", "release/late"), ("kernels", "backports")] {
+        let (status, text, _) = run(&["list", kind]);
+        assert_eq!(status, Some(0));
+        assert!(text.contains(member), "{kind}: {text}");
+        let (_, json, _) = run(&["list", kind, "--json"]);
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert!(json.as_array().unwrap().iter().any(|entry| entry["name"] == member), "{json}");
+    }
+    for kind in ["scenarios", "inject", "gates", "mutants"] {
+        let (status, json, stderr) = run(&["list", kind, "--json"]);
+        assert_eq!((status, json.trim()), (Some(0), "[]"));
+        assert!(stderr.contains("none in this version"));
+    }
+}
+
+#[test]
+fn a_failure_is_an_object_in_json_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let (status, stdout, _) = run(&["run", "--format", "jsonl", "--out", file.to_str().unwrap()]);
+    assert_eq!(status, Some(2));
+    for line in stdout.lines() {
+        let value: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert!(value["event"].is_string(), "{line}");
+    }
+    assert!(stdout.contains("not a folder"));
+}
+
+#[test]
+fn kvm_demanded_where_it_cannot_be_is_the_environments_fault() {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    if text.contains("vmx") || text.contains("svm") {
+        return; // It might well work here.
+    }
+    let out = tempfile::tempdir().unwrap();
+    let (status, _, stderr) = run(&["run", "--accel", "kvm", "--out", out.path().to_str().unwrap()]);
+    assert_eq!(status, Some(4), "{stderr}");
+    assert!(stderr.contains("--accel tcg"), "{stderr}");
+    let results = std::fs::read(out.path().join("results.json")).unwrap();
+    let results: serde_json::Value = serde_json::from_slice(&results).unwrap();
+    assert_eq!((&results["verdict"], &results["exit_status"]), (&"error".into(), &4.into()));
+    assert_eq!(results["error"]["kind"], "environment");
+}
