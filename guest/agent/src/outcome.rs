@@ -34,6 +34,12 @@ impl Failure {
         Self::Mismatch(Mismatch { context, address, expected, found, reader: Reader::Device }, String::new())
     }
 
+    /// The device reached what it must not have: a mismatch whose two values are the same.
+    pub(crate) fn reached(address: u64, detail: String) -> Self {
+        let mismatch = Mismatch { context: 0, address, expected: 0, found: 0, reader: Reader::Device };
+        Self::Mismatch(mismatch, detail)
+    }
+
     /// The same failure, with the step in which it happened.
     pub(crate) fn at(self, step: &str) -> Self {
         let join =
@@ -49,6 +55,9 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Mismatch(m, detail) if m.expected == m.found => {
+                write!(out, "{detail} (at {:#x})", m.address)
+            }
             Self::Mismatch(m, detail) => write!(
                 out,
                 "{detail}{}the {} found {:#x} at {:#x} instead of {:#x}",
