@@ -35,14 +35,21 @@ while IFS= read -r line; do
 	*) groups="$groups $line" ;;
 	esac
 done
-for group in $groups; do
-	tries=0
-	while kill -s KILL -- "-$group" 2>/dev/null && [ "$tries" -lt 30 ]; do
-		tries=$((tries + 1))
-		sleep 0.1
+# A killed process may be in the middle of a system call that still makes a file; and where nobody reaps orphans, a group of
+# dead ones looks alive for ever. So a few rounds, whatever they report.
+for round in 1 2 3 4 5; do
+	alive=
+	for group in $groups; do
+		kill -s KILL -- "-$group" 2>/dev/null && alive=1
 	done
+	[ -z "$alive" ] || sleep 0.1
+	left=
+	for path in "$@"; do
+		rm -rf -- "$path"
+		[ ! -e "$path" ] || left=1
+	done
+	[ -n "$alive$left" ] || break
 done
-[ "$#" -eq 0 ] || rm -rf -- "$@" || { sleep 0.5; rm -rf -- "$@"; }
 "#;
 
 /// Watches over process groups and temporary paths: when this process is gone without having dropped the guard,

@@ -108,8 +108,7 @@ pub(super) fn missing_mmdebstrap() -> Failure {
 
 /// Before 1.0 there was neither the option nor the check.
 fn knows_skip(program: &Path) -> bool {
-    Command::new(program)
-        .arg("--version")
+    process::die_with_parent(Command::new(program).arg("--version"))
         .output()
         .ok()
         .and_then(|out| String::from_utf8(out.stdout).ok())

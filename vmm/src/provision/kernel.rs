@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::cache::{Cache, Item, Made, Wanted};
 use super::debian::{self, Extract};
-use crate::event::EventSink;
+use crate::event::{Event, EventSink};
 use crate::failure::{Failure, Result};
 
 /// A kernel that can be had by name.
@@ -228,6 +228,24 @@ fn find_image(root: &Path) -> Result<(String, String, String)> {
     }
     Err(Failure::environment(format!("no kernel image was in the packages unpacked in {}", root.display()))
         .remedy("Debian's kernel packages may have changed their layout; please report it"))
+}
+
+/// Makes a cached kernel again if any of its files is not as it was: a compile against a damaged tree fails in ways that look
+/// like the driver's fault.
+pub(super) fn mend(cache: &Cache, events: &Arc<dyn EventSink>, kernel: &Kernel) -> Result<()> {
+    let Build::Root { item, .. } = &kernel.build else { return Ok(()) };
+    let Some(damage) = Cache::damage(item) else { return Ok(()) };
+    events.event(Event::Note { text: format!("the cached kernel {} is damaged: {damage}", kernel.name) });
+    cache.discard(item);
+    let again = provide(cache, events, &kernel.name)?;
+    if again.release == kernel.release {
+        return Ok(());
+    }
+    Err(Failure::environment(format!(
+        "kernel {} is now {} instead of {}",
+        kernel.name, again.release, kernel.release
+    ))
+    .remedy("run it again"))
 }
 
 /// A kernel tree that the user built.

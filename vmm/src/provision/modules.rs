@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::cache::{Cache, Made, Partial, Wanted};
 use super::hash::{Hash, is_source};
-use super::kernel::{Build, Kernel};
+use super::kernel::{self, Build, Kernel};
 use super::{read_input, sandbox, source_tree};
 use crate::event::{Event, EventSink};
 use crate::failure::{Failure, Result};
@@ -87,6 +87,9 @@ fn one(
         recipe: RECIPE,
         bytes: 20_000_000,
     };
+    if cache.get(wanted.item, wanted.recipe).is_none() {
+        kernel::mend(cache, events, kernel)?;
+    }
     let item = cache.ensure(&wanted, events, &mut |partial| {
         build(cache, events, kernel, module, &guest, &diffs, partial, &hash)
     })?;
@@ -132,17 +135,6 @@ fn build(
     partial: &mut Partial,
     hash: &str,
 ) -> Result<Made> {
-    if let Build::Root { item, .. } = &kernel.build {
-        // A compile against a damaged tree fails in ways that look like the driver's fault.
-        if let Some(damage) = Cache::damage(item) {
-            cache.discard(item);
-            return Err(Failure::environment(format!(
-                "the cached kernel {} is damaged: {damage}",
-                kernel.name
-            ))
-            .remedy("run it again: it will be fetched anew"));
-        }
-    }
     let sources = partial.path.join("in");
     let results = partial.path.join("out");
     (|| {
@@ -159,26 +151,26 @@ fn build(
     }
 
     let script = format!(
-        "cp -r {src} /tmp/guest; make -C \"$1\" M=/tmp/guest/{dir} -j{jobs} modules; cp /tmp/guest/{dir}/{file} {out}/",
-        src = sandbox::SOURCES,
-        out = sandbox::RESULTS,
+        "cp -r \"$2\" \"$4/guest\"; make -C \"$1\" M=\"$4/guest/{dir}\" -j{jobs} modules; cp \"$4/guest/{dir}/{file}\" \"$3/\"",
         dir = module.dir,
         file = module.file,
         jobs = std::thread::available_parallelism().map_or(2, usize::from),
     );
     let shares = sandbox::Shares { sources: &sources, results: &results };
-    let mut command = sandbox::command(kernel, &shares, &script)?;
+    let mut sandbox = sandbox::sandbox(kernel, &shares, &script)?;
     let mut log = String::new();
-    let done = process::run(&mut command, Some(&mut partial.guard), &mut |line| {
+    let done = process::run(&mut sandbox.command, Some(&mut partial.guard), &mut |line| {
         log.push_str(line);
         log.push('\n');
     })
+    .and_then(|done| sandbox.finish(&results).map(|()| done))
     .map_err(|e| cache.trouble("cannot run the module's build", &e))?;
     if !done.status.success() || !results.join(module.file).is_file() {
         return Err(explain(cache, module, kernel, &log, hash, !diffs.is_empty()));
     }
     for line in log.lines().filter(|line| line.contains("warning: ")).take(SHOWN_ERRORS) {
-        events.event(Event::Note { text: format!("compiling the {}: {}", module.dir, readable(line)) });
+        events
+            .event(Event::Note { text: format!("compiling the {}: {}", module.dir, readable(line, module)) });
     }
     fs::remove_dir_all(&sources)
         .and_then(|()| fs::write(partial.path.join("build.log"), &log))
@@ -194,6 +186,11 @@ fn explain(cache: &Cache, module: Module, kernel: &Kernel, log: &str, hash: &str
     if log.contains("No space left on device") {
         return cache.disk_full("compiling the module");
     }
+    if let Some(line) = log.lines().find(|line| line.starts_with("bwrap: ") || line.starts_with("chroot: ")) {
+        // Not the compiler's word: the build did not begin.
+        return Failure::environment(format!("cannot compile for kernel {}: {line}", kernel.release))
+            .remedy(format!("if it stays so, remove {} and run it again", cache.root().display()));
+    }
     let place = cache.root().join("logs").join(format!("{}-{hash}.log", module.dir));
     let kept = place
         .parent()
@@ -207,9 +204,10 @@ fn explain(cache: &Cache, module: Module, kernel: &Kernel, log: &str, hash: &str
     let is_error = |line: &&str| {
         line.contains("error: ") || line.contains("ERROR: modpost") || line.contains("undefined!")
     };
-    let mut errors: Vec<String> = log.lines().filter(is_error).take(SHOWN_ERRORS).map(readable).collect();
+    let mut errors: Vec<String> =
+        log.lines().filter(is_error).take(SHOWN_ERRORS).map(|line| readable(line, module)).collect();
     if errors.is_empty() {
-        errors = last_lines(log, SHOWN_ERRORS).iter().map(|line| readable(line)).collect();
+        errors = last_lines(log, SHOWN_ERRORS).iter().map(|line| readable(line, module)).collect();
     }
     let patched = if patched { ", patched," } else { "" };
     Failure::usage(format!(
@@ -221,9 +219,18 @@ fn explain(cache: &Cache, module: Module, kernel: &Kernel, log: &str, hash: &str
     .remedy(kept)
 }
 
-/// Paths as the user knows them.
-fn readable(line: &str) -> String {
-    line.replace("/tmp/guest/", "guest/")
+/// A line of the compiler's with paths as the user knows them: newer kernels name files relative to the module's directory.
+fn readable(line: &str, module: Module) -> String {
+    if let Some(at) = line.find("/guest/") {
+        let start = line[..at].rfind(char::is_whitespace).map_or(0, |space| space + 1);
+        return format!("{}{}", &line[..start], &line[at + 1..]);
+    }
+    match line.split(':').next() {
+        Some(file) if is_source(Path::new(file)) && !file.starts_with('/') => {
+            format!("guest/{}/{line}", module.dir)
+        }
+        _ => line.to_owned(),
+    }
 }
 
 /// Copies what belongs to a module's build, and nothing that an earlier build by hand left.
@@ -279,4 +286,22 @@ fn apply(cache: &Cache, patch: &Path, diff: &[u8], dir: &Path, partial: &mut Par
         last_lines(&done.tail, 6).join("\n    ")
     ))
     .remedy("paths in it are relative to guest/driver with one leading component, as in a/main.c"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn compilers_lines_name_files_as_the_user_knows_them() {
+        for (line, shown) in [
+            ("/tmp/guest/driver/main.c:7:1: error: x", "guest/driver/main.c:7:1: error: x"),
+            ("/tmp/build-1-0/guest/driver/main.c:7:1: error: x", "guest/driver/main.c:7:1: error: x"),
+            ("main.c:7:1: error: x", "guest/driver/main.c:7:1: error: x"),
+            ("In file included from /tmp/guest/driver/a.h:1", "In file included from guest/driver/a.h:1"),
+            ("ERROR: modpost: \"x\" undefined!", "ERROR: modpost: \"x\" undefined!"),
+        ] {
+            assert_eq!(readable(line, DRIVER), shown);
+        }
+    }
 }

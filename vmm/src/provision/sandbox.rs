@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Where modules are compiled: a bubblewrap sandbox whose writable places are in memory, and which dies with us.
+//! Where modules are compiled: a bubblewrap sandbox whose writable places are in memory, and which dies with us; for root
+//! where namespaces are forbidden, a chroot.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::kernel::{Build, Kernel};
 use crate::failure::{Failure, Result};
-use crate::process;
+use crate::process::{self, Guard};
 
-/// A directory of the host that the sandbox sees.
+/// Directories of the host that the sandbox sees.
 pub(super) struct Shares<'a> {
     /// Sources, read-only.
     pub sources: &'a Path,
@@ -17,18 +20,45 @@ pub(super) struct Shares<'a> {
     pub results: &'a Path,
 }
 
-/// What the sandbox calls the two.
-pub(super) const SOURCES: &str = "/tmp/in";
-pub(super) const RESULTS: &str = "/tmp/out";
+/// A sandbox in which a script can be run once.
+pub(super) struct Sandbox {
+    /// Runs the script. Its `$1` is the directory of headers for `make -C`, `$2` has the sources, `$3` takes the results, and
+    /// `$4` is a place to work in.
+    pub command: Command,
+    scratch: Option<Scratch>,
+}
 
-/// A command that runs a shell script in a sandbox fit for building modules for this kernel. The script's `$1` is the
-/// directory of headers for `make -C`.
-pub(super) fn command(kernel: &Kernel, shares: &Shares<'_>, script: &str) -> Result<Command> {
-    let bwrap = process::find_program("bwrap").ok_or_else(missing)?;
-    if let Err(why) = bwrap_works() {
-        return Err(Failure::environment(format!("bubblewrap cannot make a sandbox to compile in: {why}"))
-            .remedy(namespaces_remedy()));
+/// A sandbox fit for building modules for this kernel.
+pub(super) fn sandbox(kernel: &Kernel, shares: &Shares<'_>, script: &str) -> Result<Sandbox> {
+    match (bwrap_works(), &kernel.build) {
+        (Ok(()), _) => bubblewrap(kernel, shares, script),
+        // Where not even root gets namespaces, in most containers, it still gets a chroot.
+        (Err(_), Build::Root { item, headers }) if nix::unistd::geteuid().is_root() => {
+            chroot(&item.path.join("root"), headers, shares, script)
+                .map_err(|e| Failure::environment(format!("cannot prepare a chroot to compile in: {e}")))
+        }
+        (Err(_), _) if process::find_program("bwrap").is_none() => Err(missing()),
+        (Err(why), _) => {
+            Err(Failure::environment(format!("bubblewrap cannot make a sandbox to compile in: {why}"))
+                .remedy(namespaces_remedy()))
+        }
     }
+}
+
+impl Sandbox {
+    /// Brings the results to where they were wanted, if the way of the sandbox is not to have put them there.
+    pub(super) fn finish(self, results: &Path) -> std::io::Result<()> {
+        let Some(scratch) = &self.scratch else { return Ok(()) };
+        for entry in fs::read_dir(scratch.path.join("out"))? {
+            let entry = entry?;
+            fs::copy(entry.path(), results.join(entry.file_name()))?;
+        }
+        Ok(())
+    }
+}
+
+fn bubblewrap(kernel: &Kernel, shares: &Shares<'_>, script: &str) -> Result<Sandbox> {
+    let bwrap = process::find_program("bwrap").ok_or_else(missing)?;
     let mut command = Command::new(bwrap);
     command.args(["--unshare-all", "--die-with-parent", "--new-session", "--ro-bind"]);
     let headers = match &kernel.build {
@@ -49,19 +79,76 @@ pub(super) fn command(kernel: &Kernel, shares: &Shares<'_>, script: &str) -> Res
             command.arg("--ro-bind").arg(dir).arg(dir);
         }
     }
-    command.arg("--ro-bind").arg(shares.sources).arg(SOURCES);
-    command.arg("--bind").arg(shares.results).arg(RESULTS);
-    command.args([
-        "--clearenv",
-        "--setenv",
-        "PATH",
-        "/usr/bin:/usr/sbin:/bin:/sbin",
-        "--setenv",
-        "LC_ALL",
-        "C",
-    ]);
-    command.args(["--chdir", "/tmp", "/bin/sh", "-euc", script, "sh"]).arg(headers);
-    Ok(command)
+    command.arg("--ro-bind").arg(shares.sources).arg("/tmp/in");
+    command.arg("--bind").arg(shares.results).arg("/tmp/out");
+    command.args(["--clearenv", "--setenv", "PATH", PATH, "--setenv", "LC_ALL", "C"]);
+    command.args(["--chdir", "/tmp", "/bin/sh", "-euc", script, "sh"]);
+    command.arg(headers).args(["/tmp/in", "/tmp/out", "/tmp"]);
+    Ok(Sandbox { command, scratch: None })
+}
+
+const PATH: &str = "/usr/bin:/usr/sbin:/bin:/sbin";
+
+/// A directory inside the root, which goes when we go, however that is.
+struct Scratch {
+    path: PathBuf,
+    _guard: Guard,
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+fn chroot(root: &Path, headers: &str, shares: &Shares<'_>, script: &str) -> std::io::Result<Sandbox> {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    // Without it, compilers' options are probed wrong.
+    let null = root.join("dev/null");
+    if !null.exists() {
+        let device = nix::sys::stat::makedev(1, 3);
+        let mode = nix::sys::stat::Mode::from_bits_truncate(0o666);
+        match nix::sys::stat::mknod(&null, nix::sys::stat::SFlag::S_IFCHR, mode, device) {
+            Ok(()) | Err(nix::errno::Errno::EEXIST) => {
+                fs::set_permissions(&null, fs::Permissions::from_mode(0o666))?
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    // There is no /proc in it either; newer kernels' objtool asks it where the stack ends, to explain its own crashes.
+    // Written apart and renamed, since another build may be reading it.
+    let maps = root.join("proc/self/maps");
+    if !maps.exists() {
+        fs::create_dir_all(root.join("proc/self"))?;
+        let temporary = maps.with_extension(std::process::id().to_string());
+        fs::write(&temporary, fs::read("/proc/self/maps")?)?;
+        fs::rename(&temporary, &maps)?;
+    }
+    let name = format!("build-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+    let path = root.join("tmp").join(&name);
+    let scratch = Scratch { _guard: Guard::new(&[&path])?, path };
+    fs::create_dir_all(scratch.path.join("out"))?;
+    copy_tree(shares.sources, &scratch.path.join("in"))?;
+    let inside = format!("/tmp/{name}");
+    let mut command = Command::new(process::find_program("chroot").unwrap_or_else(|| "chroot".into()));
+    command.arg(root).args(["/bin/sh", "-euc", script, "sh", headers]);
+    command.args([format!("{inside}/in"), format!("{inside}/out"), inside]);
+    command.env_clear().env("PATH", PATH).env("LC_ALL", "C");
+    Ok(Sandbox { command, scratch: Some(scratch) })
+}
+
+fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_tree(&entry.path(), &target)?;
+        } else {
+            fs::copy(entry.path(), target)?;
+        }
+    }
+    Ok(())
 }
 
 fn missing() -> Failure {
