@@ -90,6 +90,9 @@ pub const WORKLOADS: &[WorkloadInfo] = &[
     },
 ];
 
+/// A workload that measures instead of testing. It is none of [`WORKLOADS`]: `bench` puts it into a plan, nothing else does.
+pub const BENCH_WORKLOAD: &str = "bench";
+
 /// What the guest says.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 #[serde(tag = "type", rename_all = "kebab-case")]
@@ -138,6 +141,15 @@ pub enum Message {
         cases: u64,
         /// Cases that failed.
         failed: u64,
+    },
+    /// Something was measured; only the benchmarks' workload says so.
+    Metric {
+        /// What, such as `faults/one-queue`.
+        name: String,
+        /// How much.
+        value: f64,
+        /// Of what, such as `us`.
+        unit: String,
     },
     /// The command of `--exec` ended.
     ExecEnd {
@@ -188,7 +200,8 @@ pub struct Case {
     pub mismatch: Option<Mismatch>,
 }
 
-/// Data that is not what the model says.
+/// Data that is not what the model says. Where `expected` and `found` are the same, the access itself must not have worked:
+/// the device reached a hole.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub struct Mismatch {
     /// Context handle.
