@@ -28,7 +28,7 @@ pub(super) fn tables() -> Result<Vec<Figure>> {
     let table = rig.table(0, VA)?;
     let entries = rig.alloc(4096)?;
     for index in 0..512 {
-        let leaf = 0x1000_0000 + index * 4096 | pte::VALID | pte::WRITE;
+        let leaf = (0x1000_0000 + index * 4096) | pte::VALID | pte::WRITE;
         rig.memory.snapshot().store_u64(entries + 8 * index, leaf).map_err(trouble)?;
     }
     let mut figures = Vec::new();
