@@ -147,7 +147,7 @@ fn debian_kernel(cache: &Cache, events: &Arc<dyn EventSink>, named: &NamedKernel
     let wanted = Wanted {
         item: &item,
         step: &step,
-        about: "fetching the guest kernel with what its modules are built in",
+        about: &format!("fetching the guest kernel '{}' and what its modules are built in", named.name),
         recipe: RECIPE,
         bytes: 700_000_000,
     };

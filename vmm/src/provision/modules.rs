@@ -83,7 +83,7 @@ fn one(
     let wanted = Wanted {
         item: &format!("module-{hash}"),
         step: &format!("{} for {}{patched}", module.dir, kernel.release),
-        about: "compiling the module",
+        about: &format!("compiling the {}{patched} for kernel {}", module.dir, kernel.release),
         recipe: RECIPE,
         bytes: 20_000_000,
     };
