@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What this machine has, what it lacks, and how to get that. Looks only; makes and fetches nothing.
 
-use std::fmt;
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -82,26 +81,6 @@ impl Doctor {
             kernels(cache),
         ];
         Self { healthy: checks.iter().all(|check| check.state != State::Missing), checks }
-    }
-}
-
-impl fmt::Display for Doctor {
-    /// One line a check, and what to do below it where something is missing.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for check in &self.checks {
-            let state = match check.state {
-                State::Ok => "ok",
-                State::Note => "note",
-                State::Missing => "MISSING",
-            };
-            writeln!(f, "{state:<8} {:<16} {}", check.name, check.found)?;
-            if let Some(remedy) = &check.remedy {
-                writeln!(f, "{:25} -> {remedy}", "")?;
-            }
-        }
-        let verdict =
-            if self.healthy { "ready" } else { "not ready: what is MISSING above must be put right first" };
-        writeln!(f, "{verdict}")
     }
 }
 
