@@ -126,6 +126,7 @@ fn make(
         events: events.as_ref(),
         console: Console::new(log),
         plan: &plan,
+        interactive: config.shell,
         limits: Limits::default(),
         start,
     });
@@ -190,7 +191,6 @@ fn conclude(config: &RunConfig, results: &mut Results, end: &End, seen: &Seen<'_
         workloads: results.workloads.clone(),
         exec: config.exec.is_some(),
         exec_status: end.story.exec_status,
-        shell: config.shell,
         done: end.story.done,
         fatal: end.story.fatal.clone(),
         lost: end.lost.clone(),

@@ -85,6 +85,7 @@ pub struct Session<'a> {
     /// Console line from which on a hanging guest prints its stacks.
     stacks_from: u64,
     nmi: bool,
+    interactive: bool,
     complained: bool,
     end: End,
 }
@@ -101,6 +102,8 @@ pub struct Given<'a> {
     pub console: Console,
     /// What the guest was told.
     pub plan: &'a Plan,
+    /// The terminal shows the console itself: its lines are no events.
+    pub interactive: bool,
     /// How long things may take.
     pub limits: Limits,
     /// When the machine was started.
@@ -123,6 +126,7 @@ impl<'a> Session<'a> {
             last_console: given.start,
             stacks_from: 0,
             nmi: false,
+            interactive: given.interactive,
             complained: false,
             end: End {
                 story: Story::new(given.plan),
@@ -223,6 +227,7 @@ impl<'a> Session<'a> {
     fn items(&mut self, items: Vec<Item>) {
         for item in items {
             match item {
+                Item::Line(_) if self.interactive => {}
                 Item::Line(line) => self.events.event(Event::Console { line }),
                 Item::Message(message) => self.message(Instant::now(), message),
                 Item::Garbled(text) => self.garbled(&text),

@@ -111,6 +111,7 @@ fn follow(script: impl FnOnce(&Guest) + Send + 'static) -> (End, Vec<Violation>,
         events: &|_: Event| {},
         console: Console::new(None),
         plan: &plan,
+        interactive: false,
         limits: LIMITS,
         start: Instant::now(),
     });
