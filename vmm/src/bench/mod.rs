@@ -51,6 +51,19 @@ fn wanted(names: &[String]) -> Result<Vec<&'static str>> {
     Ok(BENCHMARKS.iter().copied().filter(wanted).collect())
 }
 
+/// What came of a benchmark.
+struct Measured {
+    figures: Vec<Figure>,
+    /// What else was to be measured, and why it was not.
+    missing: Vec<String>,
+}
+
+impl Measured {
+    fn all(figures: Vec<Figure>) -> Self {
+        Self { figures, missing: Vec::new() }
+    }
+}
+
 /// The benchmarks under way.
 struct Bench<'a> {
     /// Where people are told what goes on; none with JSON.
@@ -65,13 +78,15 @@ impl Bench<'_> {
         let in_guest: Vec<&str> = wanted.iter().copied().filter(|name| IN_GUEST.contains(name)).collect();
         let in_guest = in_guest.as_slice();
         if wanted.contains(&"bandwidth") {
-            self.one("bandwidth: the device in this process against memcpy", |_| device::bandwidth());
+            self.one("bandwidth: the device in this process against memcpy", |_| {
+                device::bandwidth().map(Measured::all)
+            });
         }
         if wanted.contains(&"tables") {
-            self.one("tables: the device in this process", |_| device::tables());
+            self.one("tables: the device in this process", |_| device::tables().map(Measured::all));
         }
         if wanted.contains(&"invalidate") {
-            self.one("invalidate: the device in this process", |_| device::invalidate());
+            self.one("invalidate: the device in this process", |_| device::invalidate().map(Measured::all));
         }
         if !in_guest.is_empty() {
             let about = format!("{}: a guest measures", in_guest.join(", "));
@@ -80,12 +95,13 @@ impl Bench<'_> {
         if wanted.contains(&"boot") {
             self.one("boot: our machine and QEMU by hand, in turns", |bench| {
                 let events = bench.events.clone().unwrap_or_else(|| Arc::new(|_: Event| ()));
-                boot::boot(events, &|text| bench.note(text), bench.interrupted)
+                boot::boot(events, &|text| bench.note(text), bench.interrupted).map(Measured::all)
             });
         }
         if wanted.contains(&"oracle") {
             self.one("oracle: the default suite with it and without, in turns", |bench| {
                 guest::oracle(bench.events.as_ref(), &|text| bench.note(text), bench.interrupted)
+                    .map(Measured::all)
             });
         }
         if self.events.is_some() && !self.figures.is_empty() {
@@ -93,35 +109,35 @@ impl Bench<'_> {
         }
     }
 
-    fn in_guest(&self, wanted: &[&str]) -> Result<Vec<Figure>> {
-        let (figures, failed) = guest::workload(wanted, self.events.as_ref(), self.interrupted)?;
-        for what in failed {
-            self.note(format!("not measured: {what}"));
+    fn in_guest(&self, wanted: &[&str]) -> Result<Measured> {
+        let (figures, mut missing) = guest::workload(wanted, self.events.as_ref(), self.interrupted)?;
+        let has = |name: &str| figures.iter().any(|figure| figure.benchmark == name);
+        if missing.is_empty() {
+            missing.extend(wanted.iter().filter(|name| !has(name)).map(|name| format!("{name}: no figure")));
         }
-        match wanted.iter().find(|name| !figures.iter().any(|figure| figure.benchmark == **name)) {
-            // What there is has been printed by then.
-            Some(_) if figures.is_empty() => {
-                Err(Failure::inconclusive("the guest measured nothing; see the lines above"))
-            }
-            _ => Ok(figures),
-        }
+        Ok(Measured { figures, missing })
     }
 
     /// Runs one benchmark and keeps its figures. After one that failed the others go on, unless they would fail too.
-    fn one(&mut self, about: &str, measure: impl FnOnce(&Self) -> Result<Vec<Figure>>) {
+    fn one(&mut self, about: &str, measure: impl FnOnce(&Self) -> Result<Measured>) {
         let hopeless = |failure: &Failure| failure.kind == FailureKind::Environment;
         if self.failure.as_ref().is_some_and(hopeless) || self.interrupted.load(Ordering::Relaxed) {
             return;
         }
         self.note(about.to_owned());
         match measure(self) {
-            Ok(figures) => {
+            Ok(Measured { figures, missing }) => {
                 if self.events.is_none() {
                     for figure in &figures {
                         print(&format!("{}\n", figure.json()));
                     }
                 }
                 self.figures.extend(figures);
+                if !missing.is_empty() && self.failure.is_none() {
+                    let missing = missing.join("; ");
+                    self.failure =
+                        Some(Failure::inconclusive(format!("not everything was measured: {missing}")));
+                }
             }
             Err(failure) => {
                 self.note(format!("not measured: {}", failure.what));
@@ -160,16 +176,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_missing_is_not_passed_over() {
+        let interrupted = AtomicBool::new(false);
+        let events: Arc<dyn EventSink> = Arc::new(|_: Event| ());
+        let mut bench =
+            Bench { events: Some(events), interrupted: &interrupted, figures: Vec::new(), failure: None };
+        let figures = vec![Figure::new("a", "a", 1.0, "s", "")];
+        bench.one("a", |_| Ok(Measured { figures, missing: vec!["registers: no device".to_owned()] }));
+        assert_eq!(bench.figures.len(), 1);
+        let failure = bench.failure.expect("a failure");
+        assert_eq!(failure.kind.exit_status(), 3);
+        assert!(failure.what.contains("no device"), "{failure}");
+    }
+
+    #[test]
     fn a_failure_does_not_stop_the_others_unless_the_machine_lacks_something() {
         let interrupted = AtomicBool::new(false);
         let events: Arc<dyn EventSink> = Arc::new(|_: Event| ());
         let mut bench =
             Bench { events: Some(events), interrupted: &interrupted, figures: Vec::new(), failure: None };
         bench.one("a", |_| Err(Failure::inconclusive("lost")));
-        bench.one("b", |_| Ok(vec![Figure::new("b", "b", 1.0, "s", "")]));
+        bench.one("b", |_| Ok(Measured::all(vec![Figure::new("b", "b", 1.0, "s", "")])));
         assert_eq!(bench.figures.len(), 1);
         bench.one("c", |_| Err(Failure::environment("no QEMU")));
-        bench.one("d", |_| Ok(vec![Figure::new("d", "d", 1.0, "s", "")]));
+        bench.one("d", |_| Ok(Measured::all(vec![Figure::new("d", "d", 1.0, "s", "")])));
         assert_eq!(bench.figures.len(), 1);
         assert_eq!(bench.failure.map(|failure| failure.kind.exit_status()), Some(4));
     }
