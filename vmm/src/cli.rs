@@ -203,6 +203,12 @@ pub struct RunArgs {
     /// End in a shell on the guest's console
     #[arg(long)]
     pub shell: bool,
+    /// Arguments to put at the end of the guest kernel's command line
+    #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// Run to the end whatever is found; else a run ends ten seconds of guest time after its first violation
+    #[arg(long)]
+    pub keep_going: bool,
     /// Folder for results.json, console.log and junit.xml; made if needed
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,

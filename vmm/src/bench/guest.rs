@@ -47,6 +47,8 @@ const METRICS: &[(&str, &str, &str)] = &[
 /// A run of the default machine.
 pub(super) fn config(workloads: Vec<String>, seed: u64, oracle: bool) -> RunConfig {
     RunConfig {
+        append: None,
+        keep_going: false,
         program: "hmm-testbench".into(),
         command: "hmm-testbench bench".into(),
         workloads,

@@ -47,6 +47,10 @@ pub struct RunConfig {
     pub oracle: bool,
     /// Folder of the results.
     pub out: Option<PathBuf>,
+    /// More arguments for the guest's kernel.
+    pub append: Option<String>,
+    /// Run to the end whatever is found.
+    pub keep_going: bool,
 }
 
 impl RunConfig {
@@ -73,6 +77,9 @@ impl RunConfig {
             if exec.trim().is_empty() {
                 return Err(Failure::usage("--exec: the command is empty"));
             }
+        }
+        if args.append.as_ref().is_some_and(|words| words.chars().any(char::is_control)) {
+            return Err(Failure::usage("--append: the kernel's command line is one line of text"));
         }
         if args.shell && args.format != crate::cli::FormatName::Human {
             return Err(Failure::usage("--shell needs the terminal: use it with --format human"));
@@ -103,6 +110,8 @@ impl RunConfig {
             add: args.add,
             oracle: !args.no_oracle,
             out: args.out,
+            append: args.append,
+            keep_going: args.keep_going,
         })
     }
 }
@@ -140,6 +149,8 @@ impl RunConfig {
             add: Vec::new(),
             oracle: true,
             out: None,
+            append: None,
+            keep_going: false,
         }
     }
 }

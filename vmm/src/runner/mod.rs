@@ -127,7 +127,10 @@ fn make(
         console: Console::new(log),
         plan: &plan,
         interactive: config.shell,
-        limits: Limits::default(),
+        limits: Limits {
+            violation_heartbeats: Limits::default().violation_heartbeats.filter(|_| !config.keep_going),
+            ..Limits::default()
+        },
         start,
     });
     let end = session.follow(inputs, &violations, interrupted);
@@ -149,7 +152,7 @@ fn start_machine(
         MachineConfig {
             kernel: parts.kernel.image.clone(),
             initramfs,
-            cmdline: plan::CMDLINE.to_owned(),
+            cmdline: plan::cmdline(config.append.as_deref()),
             cpus: config.cpus,
             memory_bytes: config.memory_bytes,
             accel,

@@ -14,6 +14,12 @@ use crate::failure::{Failure, Result};
 pub const CMDLINE: &str = "console=ttyS0 loglevel=5 printk.time=1 panic=-1 oops=panic unknown_nmi_panic nokaslr mitigations=off \
      random.trust_cpu=on transparent_hugepage=madvise watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60 sysctl.kernel.printk=7";
 
+/// The guest kernel's command line, with what the user wants at its end.
+#[must_use]
+pub fn cmdline(append: Option<&str>) -> String {
+    append.map_or_else(|| CMDLINE.to_owned(), |append| format!("{CMDLINE} {append}"))
+}
+
 /// The names of the workloads to run: those given, or the default suite if there is nothing else to do.
 pub fn workloads(names: &[String], something_else: bool) -> Result<Vec<String>> {
     if names.is_empty() {

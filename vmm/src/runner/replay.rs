@@ -68,6 +68,10 @@ pub fn command(config: &RunConfig, workload: Option<&str>) -> String {
             words.push("--shell".into());
         }
     }
+    if let Some(append) = &config.append {
+        // As one word, since it may begin with a hyphen.
+        words.push(format!("--append={append}"));
+    }
     if !config.oracle {
         words.push("--no-oracle".into());
     }

@@ -87,6 +87,9 @@ pub struct Session<'a> {
     nmi: bool,
     interactive: bool,
     complained: bool,
+    /// Heartbeats so far, and how many there were at the first violation.
+    heartbeats: u64,
+    violated_at: Option<u64>,
     end: End,
 }
 
@@ -128,6 +131,8 @@ impl<'a> Session<'a> {
             nmi: false,
             interactive: given.interactive,
             complained: false,
+            heartbeats: 0,
+            violated_at: None,
             end: End {
                 story: Story::new(given.plan),
                 lost: None,
@@ -202,8 +207,9 @@ impl<'a> Session<'a> {
         self.end
     }
 
-    fn violations(&self, violations: &Receiver<Violation>) {
+    fn violations(&mut self, violations: &Receiver<Violation>) {
         for violation in violations.try_iter() {
+            self.violated_at.get_or_insert(self.heartbeats);
             self.events.event(Event::Violation { violation });
         }
     }
@@ -220,7 +226,10 @@ impl<'a> Session<'a> {
             }
             Input::Message(message) => self.message(now, *message),
             Input::Garbled(text) => self.garbled(&text),
-            Input::Heartbeat(count) => self.watch.heartbeat(now, count),
+            Input::Heartbeat(count) => {
+                self.heartbeats += 1;
+                self.watch.heartbeat(now, count);
+            }
         }
     }
 
@@ -312,8 +321,24 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Whether enough was seen: a violation, and what else showed up for a while after it.
+    fn seen_enough(&mut self) -> bool {
+        let (Some(at), Some(limit)) = (self.violated_at, self.limits.violation_heartbeats) else { return false };
+        let enough = self.heartbeats.saturating_sub(at) >= limit;
+        if enough {
+            self.end.notes.push(format!(
+                "ended {} {limit} heartbeats after the first violation; --keep-going runs to the end",
+                self.place()
+            ));
+        }
+        enough
+    }
+
     /// Looks at the clocks; true if the guest is to be ended.
     fn tick(&mut self, now: Instant) -> bool {
+        if self.seen_enough() {
+            return true;
+        }
         if now.saturating_duration_since(self.last_console) >= Duration::from_secs(1) {
             let mut items = Vec::new();
             self.console.idle(&mut items);

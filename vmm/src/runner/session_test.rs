@@ -63,12 +63,14 @@ const LIMITS: Limits = Limits {
     no_heartbeat: Duration::from_secs(5),
     hang_heartbeats: 10,
     stack_heartbeats: 3,
+    violation_heartbeats: Some(5),
 };
 
 struct Guest {
     inputs: SyncSender<Input>,
     exit: Sender<MachineExit>,
     nmi: Receiver<()>,
+    violations: Sender<Violation>,
 }
 
 impl Guest {
@@ -99,12 +101,12 @@ fn follow(script: impl FnOnce(&Guest) + Send + 'static) -> (End, Vec<Violation>,
     let mut machine = Fake { exit: exits, nmi, killed: false };
     let side = Side::default();
     let plan = plan(&RunConfig::for_tests());
-    let guest = Guest { inputs, exit, nmi: nmis };
+    let (sender, violations) = channel();
+    let guest = Guest { inputs, exit, nmi: nmis, violations: sender };
     let thread = std::thread::spawn(move || {
         script(&guest);
         guest
     });
-    let (_sender, violations) = channel();
     let session = Session::new(Given {
         machine: &mut machine,
         device: &side,
@@ -193,6 +195,22 @@ fn a_hang_is_shown_with_stacks() {
     assert!(violations[0].summary.contains("in access") && violations[0].summary.contains("agent"));
     assert!(violations[0].events.iter().any(|line| line.contains("down_write")));
     assert!(end.lost.is_some());
+}
+
+#[test]
+fn a_run_ends_a_while_after_its_first_violation() {
+    let (end, _, _) = follow(|guest| {
+        guest.boot();
+        guest.say(Message::WorkloadStart { workload: "release".into(), seed: 1 });
+        guest.violations.send(Violation::new(Rule::ReleaseLate, "left")).unwrap();
+        for beat in 1..40 {
+            std::thread::sleep(Duration::from_millis(50));
+            let _ = guest.inputs.send(Input::Heartbeat(beat));
+            guest.say(Message::Progress { workload: "release".into(), done: beat, total: None });
+        }
+    });
+    assert!(end.lost.is_none() && !end.story.done);
+    assert!(end.notes.iter().any(|note| note.contains("after the first violation")), "{:?}", end.notes);
 }
 
 #[test]

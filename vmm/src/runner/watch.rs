@@ -23,6 +23,9 @@ pub struct Limits {
     pub hang_heartbeats: u64,
     /// Heartbeats given to the guest to print its stacks.
     pub stack_heartbeats: u64,
+    /// Heartbeats that a run goes on after its first violation; `None` is to its end. A broken driver may make every
+    /// further case wait for its deadline.
+    pub violation_heartbeats: Option<u64>,
 }
 
 impl Default for Limits {
@@ -34,6 +37,7 @@ impl Default for Limits {
             no_heartbeat: Duration::from_secs(300),
             hang_heartbeats: 300,
             stack_heartbeats: 20,
+            violation_heartbeats: Some(100),
         }
     }
 }

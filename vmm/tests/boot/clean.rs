@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The reference driver is clean, and enough was done to say so.
+
+use crate::support::{Finished, machine, run};
+
+#[track_caller]
+fn enough(finished: &Finished) {
+    finished.expect_status(0);
+    assert_eq!(finished.results["verdict"], "clean");
+    assert_eq!(finished.violations().len(), 0, "{:?}", finished.violations());
+    assert_eq!(finished.counter("probes_missed"), 0);
+    for (name, least) in [
+        ("contexts", 1_000),
+        ("releases", 200),
+        ("unregisters", 1_000),
+        ("address_spaces", 200),
+        ("accesses", 1_000_000),
+        ("distinct_pages", 50_000),
+        ("tlb_misses", 50_000),
+        ("invalidations", 10_000),
+        ("faults", 1_000),
+    ] {
+        assert!(finished.counter(name) >= least, "{name}: {} < {least}", finished.counter(name));
+    }
+    let workloads = finished.results["workloads"].as_array().expect("a list of workloads");
+    assert_eq!(workloads.len(), 5);
+    for workload in workloads {
+        assert_eq!(workload["outcome"], "pass", "{workload}");
+    }
+}
+
+#[test]
+fn the_default_suite_is_clean_with_two_cpus() {
+    let _one = machine();
+    enough(&run(["--cpus", "2", "--seed", "1"]));
+}
+
+#[test]
+fn the_default_suite_is_clean_with_one_cpu_and_with_four() {
+    let _one = machine();
+    enough(&run(["--cpus", "1", "--seed", "2"]));
+    enough(&run(["--cpus", "4", "--seed", "3"]));
+}
+
+#[test]
+fn the_older_kernels_run_the_same_driver() {
+    let _one = machine();
+    for kernel in ["bookworm", "trixie"] {
+        let finished = run(["access", "release", "unregister", "--kernel", kernel, "--seed", "4"]);
+        finished.expect_status(0);
+        assert!(finished.counter("contexts") > 0, "{kernel}");
+        assert_eq!(finished.counter("probes_missed"), 0, "{kernel}");
+    }
+}
+
+#[test]
+fn without_the_oracle_nothing_is_judged_but_the_suite_runs() {
+    let _one = machine();
+    let finished = run(["access", "--no-oracle", "--seed", "5"]);
+    finished.expect_status(0).expect_said("oracle");
+    assert_eq!(finished.counter("releases"), 0, "the witness's moments must not be counted as judged");
+}
+
+#[test]
+fn a_program_of_the_users_own_runs_and_its_status_is_reported() {
+    let _one = machine();
+    let finished = run(["--add", "/bin/true", "--exec", "/add/true", "--seed", "6"]);
+    finished.expect_status(0);
+    assert_eq!(finished.results["exec_status"], 0);
+    let finished = run(["--add", "/bin/false", "--exec", "/add/false", "--seed", "6"]);
+    assert_eq!(finished.results["exec_status"], 1);
+    assert_ne!(finished.status, 0);
+}
