@@ -240,9 +240,9 @@ mod tests {
             collector.event(Event::Guest { message });
         }
         let metrics = collector.metrics.into_inner();
-        let figures = super::figures(&["registers", "invalidate"], &metrics);
+        let named_figures = figures(&["registers", "invalidate"], &metrics);
         let named: Vec<_> =
-            figures.iter().map(|f| (f.benchmark, f.name.as_str(), f.value, f.ratio)).collect();
+            named_figures.iter().map(|f| (f.benchmark, f.name.as_str(), f.value, f.ratio)).collect();
         assert_eq!(
             named,
             [
@@ -252,7 +252,7 @@ mod tests {
                 ("invalidate", "round-trip", 48.0, Some(25.0)),
             ]
         );
-        assert_eq!(super::figures(&["faults"], &metrics), []);
+        assert_eq!(figures(&["faults"], &metrics), []);
     }
 
     #[test]
