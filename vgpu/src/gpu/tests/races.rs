@@ -145,3 +145,62 @@ fn faults_and_invalidations_of_many_contexts_at_once() {
         }
     }
 }
+
+/// Dropping many entries takes a while. A step that begins meanwhile may still hit one of them; it must not remember it.
+#[test]
+fn a_hit_during_an_invalidation_is_not_remembered() {
+    const PAGES: u64 = 20_000;
+    const HOT: u64 = 32;
+    let rig = rig();
+    let mut space = rig.bind();
+    let mut queues = [space.queue(4), space.queue(4)];
+    let memory = rig.alloc(0x1000);
+    for page in 0..PAGES {
+        space.map(VA + (page << 12), memory | VALID | WRITE);
+    }
+    let strided = |pages: u64, times: u64| Job {
+        op: OP_STRIDED,
+        dst: VA,
+        len: pages * times,
+        operand: [0, if times == 1 { 0x1000 } else { 0 }, 0],
+        ..Job::default()
+    };
+    for round in 0..12_u64 {
+        let mut last = vec![];
+        for queue in &mut queues {
+            // Every entry, so that dropping them takes long; then one hot page, over and over.
+            last.push(queue.submit(&rig, strided(PAGES, 1)));
+        }
+        for (queue, index) in queues.iter().zip(&last) {
+            assert_eq!(queue.wait(&rig, *index).status, JOB_OK);
+        }
+        for queue in &mut queues {
+            for _ in 0..3 {
+                queue.submit(&rig, strided(100_000, 2));
+            }
+        }
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        let mut commands: Vec<Command> = (0..HOT).map(|page| space.clear(0, VA + (page << 12))).collect();
+        commands.push(space.invalidate(VA, VA + (PAGES << 12) - 1));
+        rig.wait(rig.submit(&commands));
+        // Whatever still runs must fault by now: nothing of the hot page is translated any more.
+        for (queue, first) in queues.iter().zip(&last) {
+            let fault = (1..=3).any(|job| queue.completion(&rig, first + job).is_none_or(|done| done.status == 0));
+            assert!(fault || round > 0, "all jobs were over before the invalidation: this round shows nothing");
+        }
+        let view = rig.gpu.context(space.ctx).unwrap();
+        assert_eq!(view.tlb_entries, 0);
+        rig.command(Command { op: OP_CTX_KILL, ctx: space.ctx.0, ..Command::default() });
+        while rig.next_fault().is_some() {}
+        for queue in &mut queues {
+            let index = queue.submit(&rig, strided(1, 1));
+            assert_eq!(rig.fault().va, VA, "round {round}: a stale translation was used");
+            rig.command(Command { op: OP_CTX_KILL, ctx: space.ctx.0, ..Command::default() });
+            assert_eq!(queue.wait(&rig, index).status, JOB_KILLED);
+        }
+        while rig.next_fault().is_some() {}
+        for page in 0..HOT {
+            space.map(VA + (page << 12), memory | VALID | WRITE);
+        }
+    }
+}
