@@ -11,7 +11,7 @@ pub mod gpu;
 pub mod memory;
 pub mod oracle;
 pub mod pci;
-pub mod witness;
 #[cfg(any(test, feature = "testing"))]
 #[doc(hidden)]
 pub mod testing;
+pub mod witness;

@@ -3,6 +3,8 @@
 //!
 //! Nothing here uses the network: a stand-in for mmdebstrap makes what the real one would, or fails as the real one does.
 
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};

@@ -117,7 +117,10 @@ impl Done {
     pub(crate) fn faulted_at(self, address: u64) -> Checked {
         let page = !(PAGE as u64 - 1);
         if self.status == job::JOB_OK {
-            return Err(Failure::reached(address, format!("the job should have faulted but ended with {self}")));
+            return Err(Failure::reached(
+                address,
+                format!("the job should have faulted but ended with {self}"),
+            ));
         }
         require(self.status == job::JOB_FAULT && self.address & page == address & page, || {
             format!("the job should have faulted at {address:#x} but ended with {self}")

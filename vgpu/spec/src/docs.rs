@@ -34,7 +34,8 @@ fn cell(doc: &str) -> String {
 }
 
 fn table(out: &mut String, title: &str, registers: &[Register]) {
-    let _ = write!(out, "\n## {title}\n\n| offset | name | access | reset | meaning |\n|---|---|---|---|---|\n");
+    let _ =
+        write!(out, "\n## {title}\n\n| offset | name | access | reset | meaning |\n|---|---|---|---|---|\n");
     for r in registers {
         let access = match r.access {
             Access::ReadOnly => "RO".to_owned(),

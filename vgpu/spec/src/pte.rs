@@ -103,7 +103,10 @@ mod tests {
         assert_eq!(decode(0, 0), Entry::Absent);
         assert_eq!(decode(WRITE, 0), Entry::Absent);
         assert_eq!(decode(VALID | 5 << 12, 3), Entry::Table(5));
-        assert!(matches!(decode(VALID | WRITE | 5 << 12, 0), Entry::Leaf(Leaf { address: 0x5000, write: true, .. })));
+        assert!(matches!(
+            decode(VALID | WRITE | 5 << 12, 0),
+            Entry::Leaf(Leaf { address: 0x5000, write: true, .. })
+        ));
         assert_eq!(decode(VALID | WRITE | 5 << 12, 2), Entry::Malformed);
         assert_eq!(decode(VALID | HUGE, 0), Entry::Malformed);
         assert_eq!(decode(VALID | HUGE | 1 << 12, 1), Entry::Malformed);

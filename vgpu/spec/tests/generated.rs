@@ -6,7 +6,11 @@ const MAKE: &str = "run `cargo run -p vgpu-spec --bin spec-gen` and commit the r
 
 #[test]
 fn c_header_is_current() {
-    assert_eq!(include_str!("../../../guest/include/hmm_vgpu_regs.h"), vgpu_spec::header::c_header(), "{MAKE}");
+    assert_eq!(
+        include_str!("../../../guest/include/hmm_vgpu_regs.h"),
+        vgpu_spec::header::c_header(),
+        "{MAKE}"
+    );
 }
 
 #[test]

@@ -189,8 +189,11 @@ impl Device {
     pub(crate) fn flush_tlbs(&self, context: &Context, index: u32, start: u64, last: u64) -> u64 {
         // Before the entries go: what was walked before is not inserted after (`Engine::miss`).
         context.sequence.fetch_add(1, SeqCst);
-        let dropped =
-            self.engines.iter().map(|engine| engine.tlbs[index as usize].lock().invalidate(start, last)).sum();
+        let dropped = self
+            .engines
+            .iter()
+            .map(|engine| engine.tlbs[index as usize].lock().invalidate(start, last))
+            .sum();
         // And after: a step that began in between may have hit an entry that is gone now, and has it in its `Micro`.
         context.sequence.fetch_add(1, SeqCst);
         dropped

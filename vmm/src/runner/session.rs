@@ -323,7 +323,9 @@ impl<'a> Session<'a> {
 
     /// Whether enough was seen: a violation, and what else showed up for a while after it.
     fn seen_enough(&mut self) -> bool {
-        let (Some(at), Some(limit)) = (self.violated_at, self.limits.violation_heartbeats) else { return false };
+        let (Some(at), Some(limit)) = (self.violated_at, self.limits.violation_heartbeats) else {
+            return false;
+        };
         let enough = self.heartbeats.saturating_sub(at) >= limit;
         if enough {
             self.end.notes.push(format!(

@@ -29,7 +29,8 @@ fn a_guest_that_hangs_at_boot_is_given_up() {
 #[test]
 fn a_program_that_never_ends_in_the_guest_is_a_hang() {
     let _one = machine();
-    let finished = run(["--add", "/bin/sleep", "--exec", "/add/sleep 100000", "--append", "quiet", "--seed", "1"]);
+    let finished =
+        run(["--add", "/bin/sleep", "--exec", "/add/sleep 100000", "--append", "quiet", "--seed", "1"]);
     assert!(matches!(finished.status, 1 | 3), "{}", finished.status);
     assert!(finished.took < Duration::from_secs(150), "{:?}", finished.took);
 }
@@ -39,8 +40,10 @@ fn a_driver_that_does_not_compile_says_where() {
     let _one = machine();
     let mut patch = tempfile::NamedTempFile::new().expect("a temporary file");
     let source = crate::support::repository().join("guest/driver/main.c");
-    let first = std::fs::read_to_string(source).expect("the driver").lines().next().unwrap_or_default().to_owned();
-    writeln!(patch, "--- a/main.c\n+++ b/main.c\n@@ -1,1 +1,2 @@\n {first}\n+this is not C;").expect("written");
+    let first =
+        std::fs::read_to_string(source).expect("the driver").lines().next().unwrap_or_default().to_owned();
+    writeln!(patch, "--- a/main.c\n+++ b/main.c\n@@ -1,1 +1,2 @@\n {first}\n+this is not C;")
+        .expect("written");
     let finished = run(["access".as_ref(), "--patch".as_ref(), patch.path().as_os_str()]);
     finished.expect_status(2).expect_said("main.c:2");
 }
@@ -109,6 +112,7 @@ fn kill_9_leaves_no_process_and_no_file() {
         std::thread::sleep(Duration::from_millis(100));
     }
     assert_eq!(processes_with(&marker), Vec::<u32>::new(), "processes outlived the testbench");
-    let left: Vec<_> = std::fs::read_dir(folder.path()).expect("readable").flatten().map(|e| e.path()).collect();
+    let left: Vec<_> =
+        std::fs::read_dir(folder.path()).expect("readable").flatten().map(|e| e.path()).collect();
     assert!(left.is_empty(), "left behind: {left:?}");
 }

@@ -25,9 +25,9 @@ const FEW: usize = 3;
 /// Contexts of the process that has many. The device has 64 in all.
 const MANY: usize = 12;
 /// Accesses of a job that is meant to outlive its process.
-pub(super) const LONG: u64 = 1 << 17;
+pub(super) const LONG: u64 = 1 << 16;
 /// Accesses of a job that somebody waits for while something happens to it.
-pub(super) const MEDIUM: u64 = 1 << 16;
+pub(super) const MEDIUM: u64 = 1 << 15;
 /// Words that the device reads through each context, four to a page, to prove that it mirrors the process.
 const READS: u64 = 1024;
 

@@ -185,8 +185,12 @@ fn a_hit_during_an_invalidation_is_not_remembered() {
         rig.wait(rig.submit(&commands));
         // Whatever still runs must fault by now: nothing of the hot page is translated any more.
         for (queue, first) in queues.iter().zip(&last) {
-            let fault = (1..=3).any(|job| queue.completion(&rig, first + job).is_none_or(|done| done.status == 0));
-            assert!(fault || round > 0, "all jobs were over before the invalidation: this round shows nothing");
+            let fault =
+                (1..=3).any(|job| queue.completion(&rig, first + job).is_none_or(|done| done.status == 0));
+            assert!(
+                fault || round > 0,
+                "all jobs were over before the invalidation: this round shows nothing"
+            );
         }
         let view = rig.gpu.context(space.ctx).unwrap();
         assert_eq!(view.tlb_entries, 0);
