@@ -58,16 +58,27 @@ fn without_the_oracle_nothing_is_judged_but_the_suite_runs() {
     let _one = machine();
     let finished = run(["access", "--no-oracle", "--seed", "5"]);
     finished.expect_status(0).expect_said("oracle");
-    assert_eq!(finished.counter("releases"), 0, "the witness's moments must not be counted as judged");
+    assert_eq!(finished.results["oracle"], false);
+    assert_eq!(finished.counter("events"), 0, "nothing was traced, so nothing can have been judged");
 }
 
 #[test]
 fn a_program_of_the_users_own_runs_and_its_status_is_reported() {
     let _one = machine();
-    let finished = run(["--add", "/bin/true", "--exec", "/add/true", "--seed", "6"]);
+    let finished =
+        run(["access", "--iterations", "1", "--add", "/bin/true", "--exec", "/add/true", "--seed", "6"]);
     finished.expect_status(0);
     assert_eq!(finished.results["exec_status"], 0);
-    let finished = run(["--add", "/bin/false", "--exec", "/add/false", "--seed", "6"]);
+    let finished =
+        run(["access", "--iterations", "1", "--add", "/bin/false", "--exec", "/add/false", "--seed", "6"]);
     assert_eq!(finished.results["exec_status"], 1);
-    assert_ne!(finished.status, 0);
+    finished.expect_status(3);
+}
+
+#[test]
+fn a_program_that_does_not_use_the_device_is_no_evidence() {
+    let _one = machine();
+    run(["--add", "/bin/true", "--exec", "/add/true", "--seed", "6"])
+        .expect_status(3)
+        .expect_said("no evidence");
 }
