@@ -133,7 +133,11 @@ impl Queue {
     /// Destroying -> Free, when nothing is under way any more.
     pub(crate) fn free(&self) {
         let mut run = self.run.lock();
-        let Run { setup, head, work, parked, stopped, kill_seen: _ } = &mut *run;
+        let Run { setup, head, work, parked, stopped, kill_seen } = &mut *run;
+        // No job is left, so every order to end them has been carried out: no engine would come to say so any more, and UNBIND
+        // may be waiting for the one that it gave after the queue's own destruction was under way.
+        *kill_seen = self.kill.load(SeqCst);
+        self.killed.store(*kill_seen, SeqCst);
         *setup = None;
         *head = 0;
         *work = None;
@@ -263,5 +267,24 @@ impl Device {
             self.sched.schedule(index);
         }
         order
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_freed_queue_owes_nobody_an_answer() {
+        let queue = Queue::new(0);
+        let handle = queue.next_handle().unwrap();
+        let ctx = Handle::new(Kind::Context, 0, 1);
+        queue.create(Setup { handle, ctx, ring: 0, log2: 2, completions: 0, fence: 0 });
+        queue.close();
+        // UNBIND orders the end of its jobs while its own destruction, whose order was carried out, is being completed.
+        let order = queue.kill.fetch_add(1, SeqCst) + 1;
+        assert!(queue.killed.load(SeqCst) < order);
+        queue.free();
+        assert!(queue.killed.load(SeqCst) >= order, "UNBIND would wait for ever");
     }
 }
