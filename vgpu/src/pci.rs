@@ -21,10 +21,10 @@ const CAP_POINTER: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
 const PM: usize = 0x40;
 const EXPRESS: usize = 0x50;
-const EXPRESS_BYTES: usize = 0x3c;
 const MSI: usize = 0x90;
 const MSIX: usize = 0xb0;
-const _: () = assert!(EXPRESS + EXPRESS_BYTES <= MSI && MSI + 24 <= MSIX);
+// The express capability has 0x3c bytes.
+const _: () = assert!(EXPRESS + 0x3c <= MSI && MSI + 24 <= MSIX);
 
 const DEVCTL: usize = EXPRESS + 0x08;
 const DEVCTL_FLR: u16 = 1 << 15;
