@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Machines: what shows PCI functions to a guest. A machine is a trait, so that the runner does not know which one it drives.
 
+pub mod kvm;
 pub mod qemu;
 pub mod vfio_user;
 
