@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 
 use units::Add;
 
@@ -67,6 +68,9 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// PID 1 of the outer guest of `run --nested`
+    #[command(hide = true, name = crate::nested::COMMAND)]
+    NestedInside,
     /// (not in this version)
     #[command(hide = true, disable_help_flag = true)]
     Mutants(Later),
@@ -109,13 +113,23 @@ pub enum ListKind {
 }
 
 /// The machine under the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum MachineName {
     /// QEMU, the device over vfio-user
     Qemu,
     /// The testbench's own (not in this version)
     #[value(hide = true)]
     Kvm,
+}
+
+impl std::fmt::Display for MachineName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Qemu => "qemu",
+            Self::Kvm => "kvm",
+        })
+    }
 }
 
 /// What runs the guest's instructions.
@@ -161,6 +175,13 @@ pub struct RunArgs {
     /// Machine under the guest
     #[arg(long, value_enum, default_value = "qemu")]
     pub machine: MachineName,
+    /// Run the guest with KVM inside an outer guest whose processor QEMU's translator emulates, virtualisation included: slower,
+    /// works everywhere, needs no root
+    #[arg(long)]
+    pub nested: bool,
+    /// Processors of the outer guest of --nested; more than one is faster and less reliable
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub outer_cpus: u32,
     /// What runs the guest's instructions; KVM where it can run Linux if not given, and the run fails if it is given and cannot
     #[arg(long, value_enum)]
     pub accel: Option<AccelName>,

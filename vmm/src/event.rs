@@ -59,6 +59,11 @@ pub enum Event {
         /// It.
         violation: vgpu::oracle::Violation,
     },
+    /// Something happened in a run inside an outer guest (`--nested`).
+    Nested {
+        /// What.
+        inner: Box<Event>,
+    },
 }
 
 /// Takes events, from any thread.

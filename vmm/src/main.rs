@@ -10,6 +10,7 @@ use hmm_testbench::cli::{Cli, Command, DEFAULT_KERNEL, FormatName, examine, list
 use hmm_testbench::doctor::Doctor;
 use hmm_testbench::event::EventSink;
 use hmm_testbench::failure::Result;
+use hmm_testbench::nested;
 use hmm_testbench::provision::{Cache, Provisioner};
 use hmm_testbench::report::Reporter;
 use hmm_testbench::report::human::Human;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         Command::Provision { kernel } => provision(kernel, human.clone()),
         Command::List { kind, json } => list::print(kind, json, &mut std::io::stdout().lock()).map(|()| 0),
         Command::Bench { names, json } => bench::run(&names, json, human.clone()),
+        Command::NestedInside => nested::inside::main(),
         Command::Mutants(_) => Err(not_yet::not_in_this_version("`mutants`")),
         Command::Check(_) => Err(not_yet::not_in_this_version("`check`")),
         Command::Campaign(_) => Err(not_yet::not_in_this_version("`campaign`")),

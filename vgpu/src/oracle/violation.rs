@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the oracle hands out: violations and counters.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use vgpu_spec::handle::Handle;
 
 use super::Rule;
 
 /// A rule that was broken.
-#[derive(Serialize, Clone, Debug)]
+#[derive(Serialize, Deserialize, Clone, Debug)]
 pub struct Violation {
     /// Which; serialises as its name.
     pub rule: Rule,

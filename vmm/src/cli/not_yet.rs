@@ -10,9 +10,6 @@ use crate::failure::{Failure, Result};
 #[derive(Debug, Default, Args)]
 pub struct LaterOptions {
     /// (not in this version)
-    #[arg(long, hide = true)]
-    pub nested: bool,
-    /// (not in this version)
     #[arg(long, hide = true, value_name = "POLICY")]
     pub mirror_policy: Option<String>,
     /// (not in this version)
@@ -34,7 +31,6 @@ pub fn refuse(run: &RunArgs) -> Result<()> {
         (run.backend == BackendName::Mirror, "--backend mirror", "--backend interval"),
         (run.format == FormatName::Ktap, "--format ktap", "--format human or jsonl"),
         (run.format == FormatName::Junit, "--format junit", "--out DIR, which gets a junit.xml"),
-        (later.nested, "--nested", ""),
         (later.mirror_policy.is_some(), "--mirror-policy", ""),
         (!later.inject.is_empty(), "--inject", ""),
         (later.allow.is_some(), "--allow", ""),

@@ -4,6 +4,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// A size in bytes: `512M`, `2G`, `1024MiB`. Units are powers of 1024 and must be given.
 pub fn size(text: &str) -> Result<u64, String> {
     let (number, unit) = split(text);
@@ -93,7 +95,7 @@ pub fn show_size(bytes: u64) -> String {
 }
 
 /// A file or folder of the host and where the guest finds it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Add {
     /// On the host.
     pub host: PathBuf,

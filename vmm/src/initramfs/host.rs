@@ -136,6 +136,11 @@ struct Needs {
     search: Vec<String>,
 }
 
+/// The loader that a program names.
+pub(crate) fn interpreter(program: &Path) -> Option<PathBuf> {
+    needs(program)?.interpreter
+}
+
 /// None when the file is not dynamic, or not for this processor.
 fn needs(file: &Path) -> Option<Needs> {
     let bytes = fs::read(file).ok()?;

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 
 use crate::failure::{Failure, Result};
 
+pub(crate) use host::interpreter;
 pub use host::parse_add;
 
 /// The whole archive may not be larger: it is unpacked into the guest's memory.

@@ -11,13 +11,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use vgpu::function::{Function, InterruptSwitch};
 use vgpu::memory::SystemMemory;
 
 use crate::failure::Result;
 
 /// How the guest's instructions are run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Accel {
     /// By the host's virtualisation.
     Kvm,

@@ -84,9 +84,17 @@ pub(super) enum Build {
     Root { item: Item, headers: String },
     /// A built kernel tree, with the host's compiler.
     Tree(PathBuf),
+    /// Nothing: it is only booted.
+    Nowhere,
 }
 
 impl Kernel {
+    /// A kernel of which there is the image only.
+    #[must_use]
+    pub fn image_only(name: String, release: String, image: PathBuf) -> Self {
+        Self { name, release, version: None, image, config: None, build: Build::Nowhere }
+    }
+
     /// The value of a configuration option (`HMM_MIRROR`, without `CONFIG_`), if it is set.
     #[must_use]
     pub fn option(&self, name: &str) -> Option<String> {
@@ -105,7 +113,7 @@ impl Kernel {
                 let dir = item.path.join("root/usr/lib/modules").join(&self.release);
                 dir.is_dir().then_some(dir)
             }
-            Build::Tree(_) => None,
+            Build::Tree(_) | Build::Nowhere => None,
         }
     }
 }

@@ -120,6 +120,7 @@ fn add_toolchain(hash: &mut Hash, kernel: &Kernel) -> Result<()> {
                 hash.add(output.stdout);
             }
         }
+        Build::Nowhere => return Err(sandbox::nowhere(kernel)),
     }
     Ok(())
 }

@@ -50,6 +50,28 @@ impl QemuProgram {
         Self::plain(program, origin)
     }
 
+    /// The loader that starts it, where that looks for libraries if it is told, and the program proper.
+    ///
+    /// # Errors
+    /// Says why it is not to be found out.
+    pub(crate) fn anatomy(&self) -> Result<(PathBuf, Option<OsString>, PathBuf), String> {
+        if let [option, libraries, binary, ..] = self.args.as_slice() {
+            if option == "--library-path" {
+                return Ok((self.program.clone(), Some(libraries.clone()), binary.into()));
+            }
+        }
+        let loader = crate::initramfs::interpreter(&self.program)
+            .ok_or_else(|| format!("{} is not a dynamically linked program", self.program.display()))?;
+        Ok((loader, None, self.program.clone()))
+    }
+
+    /// The folders in which it looks for firmware, in its own words.
+    pub(crate) fn data_folders(&self) -> Vec<PathBuf> {
+        let output = process::die_with_parent(self.command().args(["-L", "help"])).output();
+        let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        text.lines().map(PathBuf::from).filter(|dir| dir.is_dir()).collect()
+    }
+
     fn plain(program: PathBuf, origin: String) -> Option<Self> {
         Self { program, args: Vec::new(), env: Vec::new(), version: String::new(), origin }.probed()
     }

@@ -70,6 +70,7 @@ fn bubblewrap(kernel: &Kernel, shares: &Shares<'_>, script: &str) -> Result<Sand
             command.args(["/", "/"]);
             tree.clone()
         }
+        Build::Nowhere => return Err(nowhere(kernel)),
     };
     command.args(["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]);
     if let Build::Tree(tree) = &kernel.build {
@@ -85,6 +86,11 @@ fn bubblewrap(kernel: &Kernel, shares: &Shares<'_>, script: &str) -> Result<Sand
     command.args(["--chdir", "/tmp", "/bin/sh", "-euc", script, "sh"]);
     command.arg(headers).args(["/tmp/in", "/tmp/out", "/tmp"]);
     Ok(Sandbox { command, scratch: None })
+}
+
+/// The failure of building for a kernel of which there is the image only.
+pub(super) fn nowhere(kernel: &Kernel) -> Failure {
+    Failure::environment(format!("no modules can be built for {}: there is its image only (a defect)", kernel.release))
 }
 
 const PATH: &str = "/usr/bin:/usr/sbin:/bin:/sbin";

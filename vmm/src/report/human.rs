@@ -257,9 +257,15 @@ fn style(total: Option<u64>) -> ProgressStyle {
 
 impl EventSink for Human {
     fn event(&self, event: Event) {
+        let (event, mark) = match event {
+            Event::Nested { inner } => (*inner, "nested: "),
+            plain => (plain, ""),
+        };
         let mut state = self.state.lock();
         match event {
-            Event::Note { text } => self.print(&text),
+            Event::Note { text } => self.print(&format!("{mark}{text}")),
+            // Nothing nests twice.
+            Event::Nested { .. } => {}
             Event::StepStart { step, about, total } => self.step_start(&mut state, step, about, total),
             Event::StepProgress { step, done, total, detail } => {
                 Self::step_progress(&state, &step, done, total, detail);

@@ -21,6 +21,14 @@ enum Last<'a> {
     Failure { exit_status: u8, message: &'a str, remedy: Option<&'a str>, console_tail: &'a [String] },
 }
 
+/// An event of a nested run: the same object with one more field.
+#[derive(Serialize)]
+struct Marked<'a> {
+    nested: bool,
+    #[serde(flatten)]
+    event: &'a Event,
+}
+
 fn print(value: &impl Serialize) {
     let Ok(mut line) = serde_json::to_vec(value) else { return };
     line.push(b'\n');
@@ -30,7 +38,10 @@ fn print(value: &impl Serialize) {
 
 impl EventSink for Jsonl {
     fn event(&self, event: Event) {
-        print(&event);
+        match &event {
+            Event::Nested { inner } => print(&Marked { nested: true, event: inner }),
+            plain => print(plain),
+        }
     }
 }
 

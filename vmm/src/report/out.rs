@@ -9,6 +9,9 @@ use super::junit;
 use super::results::Results;
 use crate::failure::{Failure, Result};
 
+/// The console of the outer guest of a nested run.
+const OUTER_CONSOLE: &str = "console-outer.log";
+
 /// A folder that results go to.
 #[derive(Clone, Debug)]
 pub struct OutDir {
@@ -31,7 +34,7 @@ impl OutDir {
         let probe = dir.join(format!(".probe-{}", std::process::id()));
         File::create(&probe).map_err(refuse)?;
         fs::remove_file(&probe).map_err(refuse)?;
-        for name in ["results.json", "junit.xml", "console.log"] {
+        for name in ["results.json", "junit.xml", "console.log", OUTER_CONSOLE] {
             match fs::remove_file(dir.join(name)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(refuse(error)),
                 _ => {}
@@ -42,7 +45,16 @@ impl OutDir {
 
     /// Begins the console's log.
     pub fn console_log(&self) -> Result<File> {
-        let path = self.dir.join("console.log");
+        self.log("console.log")
+    }
+
+    /// Begins the log of an outer guest's console.
+    pub fn outer_console_log(&self) -> Result<File> {
+        self.log(OUTER_CONSOLE)
+    }
+
+    fn log(&self, name: &str) -> Result<File> {
+        let path = self.dir.join(name);
         File::create(&path)
             .map_err(|error| Failure::environment(format!("cannot write {}: {error}", path.display())))
     }

@@ -51,6 +51,9 @@ pub struct Results {
     pub reasons: Vec<String>,
     /// The machine, such as `qemu`.
     pub machine: String,
+    /// Whether that machine ran inside an outer guest, on an emulated processor.
+    #[serde(default)]
+    pub nested: bool,
     /// Its version, once known.
     pub machine_version: Option<String>,
     /// `kvm` or `tcg`.
@@ -168,6 +171,9 @@ pub struct Counters {
     pub invalidations: u64,
     /// Faults raised.
     pub faults: u64,
+    /// Times that the fault buffer was full.
+    #[serde(default)]
+    pub fault_overflows: u64,
     /// Contexts bound.
     pub contexts: u64,
     /// Address spaces that had a context.
@@ -258,6 +264,7 @@ pub(crate) mod tests {
             exit_status: 1,
             reasons: vec!["release/late".into()],
             machine: "qemu".into(),
+            nested: false,
             machine_version: Some("11.1.3".into()),
             accel: Some("tcg".into()),
             accel_reason: Some("/proc/cpuinfo has neither vmx nor svm".into()),

@@ -5,7 +5,9 @@ use std::io::IsTerminal;
 
 use crate::doctor;
 use crate::failure::{Failure, Result};
+use super::RunConfig;
 use crate::machine::Accel;
+use crate::nested;
 
 /// A choice with its reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +25,24 @@ pub fn choose(demanded: Option<Accel>) -> Result<Choice> {
         _ => doctor::kvm_can_run_linux(),
     };
     decide(demanded, usable, reason)
+}
+
+/// Chooses for a run, which may be nested.
+pub fn choose_for(config: &RunConfig) -> Result<Choice> {
+    if config.nested {
+        // Whether it is so is seen inside, which fails if it is not.
+        return Ok(Choice { accel: Accel::Kvm, reason: nested::ACCEL_REASON.to_owned() });
+    }
+    choose(config.accel)
+}
+
+/// Chooses in an outer guest: KVM, or a failure.
+pub fn choose_inside() -> Result<Choice> {
+    let (usable, reason) = doctor::kvm_can_run_linux();
+    if usable {
+        return Ok(Choice { accel: Accel::Kvm, reason });
+    }
+    Err(Failure::environment(format!("the emulated processor's KVM cannot run Linux: {reason}")))
 }
 
 fn decide(demanded: Option<Accel>, usable: bool, reason: String) -> Result<Choice> {
@@ -57,6 +77,11 @@ mod tests {
         assert_eq!(decide(None, false, "r".into()).unwrap().accel, Accel::Tcg);
         assert_eq!(decide(None, true, "r".into()).unwrap().accel, Accel::Kvm);
         assert_eq!(decide(Some(Accel::Kvm), true, "r".into()).unwrap().accel, Accel::Kvm);
-        assert_eq!(choose(Some(Accel::Tcg)).unwrap().accel, Accel::Tcg);
+        let mut config = RunConfig::for_tests();
+        config.accel = Some(Accel::Tcg);
+        assert_eq!(choose_for(&config).unwrap().accel, Accel::Tcg);
+        config.accel = None;
+        config.nested = true;
+        assert_eq!(choose_for(&config).unwrap().accel, Accel::Kvm);
     }
 }

@@ -5,15 +5,16 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use guest_protocol::Extent;
+use serde::{Deserialize, Serialize};
 
 use super::{plan, replay};
 use crate::cli::units::Add;
-use crate::cli::{AccelName, RunArgs, not_yet};
+use crate::cli::{AccelName, MachineName, RunArgs, not_yet};
 use crate::failure::{Failure, Result};
 use crate::machine::Accel;
 
 /// What is to be run.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RunConfig {
     /// How this program was called, for replays.
     pub program: String,
@@ -33,6 +34,12 @@ pub struct RunConfig {
     pub cpus: u32,
     /// Guest memory.
     pub memory_bytes: u64,
+    /// The machine under the guest.
+    pub machine: MachineName,
+    /// Run it inside an outer guest that has KVM.
+    pub nested: bool,
+    /// Processors of that outer guest.
+    pub outer_cpus: u32,
     /// Accelerator, if one is demanded.
     pub accel: Option<Accel>,
     /// Kernel, by name or as a tree.
@@ -84,6 +91,17 @@ impl RunConfig {
         if args.shell && args.format != crate::cli::FormatName::Human {
             return Err(Failure::usage("--shell needs the terminal: use it with --format human"));
         }
+        if args.nested && args.accel == Some(AccelName::Tcg) {
+            return Err(Failure::usage("--nested runs the guest with KVM in an outer guest: --accel tcg contradicts it")
+                .remedy("leave out one of the two"));
+        }
+        if args.nested && args.shell {
+            return Err(Failure::usage("--shell: a nested guest's console cannot be typed on")
+                .remedy("use --exec 'COMMAND', or --shell without --nested"));
+        }
+        if args.outer_cpus != 1 && !args.nested {
+            return Err(Failure::usage("--outer-cpus belongs to --nested"));
+        }
         Ok(Self {
             program: program(words.first().map(String::as_str)),
             command: replay::quote(words),
@@ -100,6 +118,9 @@ impl RunConfig {
             seed: args.seed.unwrap_or_else(plan::seed_from_clock),
             cpus: args.cpus,
             memory_bytes: args.memory,
+            machine: args.machine,
+            nested: args.nested,
+            outer_cpus: args.outer_cpus,
             accel: args.accel.map(|accel| match accel {
                 AccelName::Kvm => Accel::Kvm,
                 AccelName::Tcg => Accel::Tcg,
@@ -142,6 +163,9 @@ impl RunConfig {
             seed: 1,
             cpus: crate::cli::DEFAULT_CPUS,
             memory_bytes: 1 << 30,
+            machine: MachineName::Qemu,
+            nested: false,
+            outer_cpus: 1,
             accel: None,
             kernel: crate::cli::DEFAULT_KERNEL.into(),
             driver: None,

@@ -17,11 +17,13 @@ pub mod verdict;
 pub mod watch;
 
 use std::sync::Arc;
+use std::fs::File;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::sync_channel;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use vgpu::gpu::GpuConfig;
+use guest_protocol::Plan;
 use vgpu::oracle::{Oracle, Violation};
 
 pub use config::RunConfig;
@@ -29,7 +31,8 @@ pub use config::RunConfig;
 use crate::console::Console;
 use crate::event::{Event, EventSink};
 use crate::failure::{Failure, FailureKind, Result};
-use crate::machine::{MachineConfig, qemu};
+use crate::machine::{Accel, MachineConfig, qemu};
+use crate::nested::outside::Outside;
 use crate::report::out::OutDir;
 use crate::report::results::{ErrorRecord, Results, SCHEMA_VERSION, Verdict, ViolationRecord};
 use device::Device;
@@ -90,10 +93,10 @@ fn make(
     results: &mut Results,
 ) -> Result<()> {
     let note = |text: String| events.event(Event::Note { text });
-    let accel = accel::choose(config.accel)?;
+    let accel = accel::choose_for(config)?;
     results.accel = Some(accel.accel.to_string());
     results.accel_reason = Some(accel.reason.clone());
-    note(format!("machine qemu, accelerator {}: {}", accel.accel, accel.reason));
+    note(format!("machine {}, accelerator {}: {}", config.machine, accel.accel, accel.reason));
     note(format!("seed {}", config.seed));
     if config.shell {
         accel::require_terminal()?;
@@ -109,8 +112,66 @@ fn make(
     ));
     let initramfs = parts::initramfs(config, &parts, &plan)?;
     let log = out.map(OutDir::console_log).transpose()?;
+    if config.nested {
+        let outside = Outside { config, parts: &parts, plan: &plan, events, interrupted, out };
+        return outside.run(initramfs, results);
+    }
 
+    let limits = Limits::default();
+    let given = Boot { parts: &parts, plan: &plan, initramfs, log, limits, accel: accel.accel };
+    follow(config, given, events.as_ref(), interrupted, results)
+}
     let (queue, inputs) = sync_channel(QUEUE);
+/// Makes a run in an outer guest, from parts that lie there. Whatever happens, everything it started has ended when it returns.
+pub(crate) fn run_inside(
+    config: &RunConfig,
+    parts: &Parts,
+    initramfs: File,
+    log: File,
+    events: &dyn EventSink,
+    interrupted: &AtomicBool,
+) -> Outcome {
+    let begin = Instant::now();
+    let mut results = blank(config);
+    let make = || {
+        let accel = accel::choose_inside()?;
+        results.accel = Some(accel.accel.to_string());
+        events.event(Event::Note { text: accel.reason });
+        let plan = plan::plan(config);
+        results.workloads = story::Story::new(&plan).results("the guest was not started");
+        results.machine_version = Some(parts.qemu.version.clone());
+        results.kernel.clone_from(&parts.kernel.release);
+        let limits = crate::nested::limits(Limits::default());
+        let given = Boot { parts, plan: &plan, initramfs, log: Some(log), limits, accel: accel.accel };
+        follow(config, given, events, interrupted, &mut results)
+    };
+    let failure = make().err();
+    if let Some(failure) = &failure {
+        note_failure(&mut results, failure);
+    }
+    results.seconds = begin.elapsed().as_secs_f64();
+    Outcome { results, failure }
+}
+
+/// What a guest is booted from, and how long it may take.
+struct Boot<'a> {
+    parts: &'a Parts,
+    plan: &'a Plan,
+    initramfs: File,
+    log: Option<File>,
+    limits: Limits,
+    accel: Accel,
+}
+
+/// Boots a guest, follows it to its end, and judges.
+fn follow(
+    config: &RunConfig,
+    boot: Boot<'_>,
+    events: &dyn EventSink,
+    interrupted: &AtomicBool,
+    results: &mut Results,
+) -> Result<()> {
+    let Boot { parts, plan, initramfs, log, limits, accel } = boot;
     let line = GuestLine::new(queue.clone());
     let size = GpuConfig::default();
     let oracle = Device::oracle(config.oracle, &size);
@@ -119,17 +180,17 @@ fn make(
         Finds::follow(&oracle, Arc::clone(&line), move |workload| replay::command(&replay, workload));
     let device = Device::new(Arc::clone(&oracle), size, line.clone())?;
     let start = Instant::now();
-    let mut machine = start_machine(config, &parts, &device, initramfs, accel.accel, queue)?;
+    let mut machine = start_machine(config, parts, &device, initramfs, accel, queue)?;
     let session = Session::new(Given {
         machine: machine.as_mut(),
         device: &device,
-        events: events.as_ref(),
+        events,
         console: Console::new(log),
-        plan: &plan,
+        plan,
         interactive: config.shell,
         limits: Limits {
-            violation_heartbeats: Limits::default().violation_heartbeats.filter(|_| !config.keep_going),
-            ..Limits::default()
+            violation_heartbeats: limits.violation_heartbeats.filter(|_| !config.keep_going),
+            ..limits
         },
         start,
     });
@@ -143,8 +204,8 @@ fn start_machine(
     config: &RunConfig,
     parts: &Parts,
     device: &Device,
-    initramfs: std::fs::File,
-    accel: crate::machine::Accel,
+    initramfs: File,
+    accel: Accel,
     queue: std::sync::mpsc::SyncSender<Input>,
 ) -> Result<Box<dyn crate::machine::Machine>> {
     qemu::start(
@@ -241,7 +302,8 @@ fn blank(config: &RunConfig) -> Results {
         verdict: Verdict::Error,
         exit_status: FailureKind::Environment.exit_status(),
         reasons: Vec::new(),
-        machine: "qemu".to_owned(),
+        machine: config.machine.to_string(),
+        nested: config.nested,
         machine_version: None,
         accel: config.accel.map(|accel| accel.to_string()),
         accel_reason: None,

@@ -7,7 +7,7 @@ use guest_protocol::Extent;
 
 use super::RunConfig;
 use crate::cli::units::{show_millis, show_size};
-use crate::cli::{DEFAULT_CPUS, DEFAULT_KERNEL};
+use crate::cli::{DEFAULT_CPUS, DEFAULT_KERNEL, MachineName};
 
 /// Words as one line that a POSIX shell reads back as the same words.
 #[must_use]
@@ -33,8 +33,14 @@ pub fn command(config: &RunConfig, workload: Option<&str>) -> String {
         None => words.extend(config.workloads.iter().cloned()),
     }
     let mut option = |name: &str, value: String| words.extend([name.to_owned(), value]);
+    if config.machine != MachineName::Qemu {
+        option("--machine", config.machine.to_string());
+    }
     if let Some(accel) = config.accel {
         option("--accel", accel.to_string());
+    }
+    if config.outer_cpus != 1 {
+        option("--outer-cpus", config.outer_cpus.to_string());
     }
     if config.kernel != DEFAULT_KERNEL {
         let tree = Path::new(&config.kernel);
@@ -71,6 +77,9 @@ pub fn command(config: &RunConfig, workload: Option<&str>) -> String {
     if let Some(append) = &config.append {
         // As one word, since it may begin with a hyphen.
         words.push(format!("--append={append}"));
+    }
+    if config.nested {
+        words.push("--nested".into());
     }
     if !config.oracle {
         words.push("--no-oracle".into());

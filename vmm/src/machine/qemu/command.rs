@@ -15,6 +15,15 @@ const MESSAGE_TIMEOUT: u32 = 60_000;
 /// PCI slot of the first function; 0 to 3 and 31 are the machine's own.
 const FIRST_SLOT: usize = 4;
 
+/// The processor of an outer guest: what the translator has, with its virtualisation, and without what it or KVM on it gets wrong.
+///
+/// - With XSAVE, an inner kernel finds a state size that differs from the one it computes, warns, and dies; so XSAVE is out, and
+///   with it everything that needs it.
+/// - Five-level paging makes every nested walk longer for nothing.
+///
+/// The whole story is in docs/decisions/0010-nested.md.
+const OUTER_CPU: &str = "max,+svm,-xsave,-xsaveopt,-xsavec,-xsaves,-xgetbv1,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq,-pku,-pks,-mpx,-la57";
+
 /// What the arguments are made of.
 pub(super) struct Parts<'a> {
     pub kernel: &'a Path,
@@ -27,6 +36,8 @@ pub(super) struct Parts<'a> {
     pub monitor: RawFd,
     /// Name and socket location of each function.
     pub functions: &'a [(&'static str, RawFd)],
+    /// The port of an outer guest, and the name it has there.
+    pub port: Option<(&'static str, RawFd)>,
 }
 
 /// The arguments, the program's own excluded.
@@ -42,7 +53,7 @@ pub(super) fn arguments(parts: &Parts<'_>) -> Vec<OsString> {
         Accel::Kvm => ("kvm", "host", parts.cpus.to_string()),
         // With a single possible processor the translator leaves atomic instructions out, and then the device's threads and
         // the guest are not atomic to each other. So there is always room for a second one.
-        Accel::Tcg => ("tcg,thread=multi", "max", format!("{},maxcpus={}", parts.cpus, parts.cpus.max(2))),
+        Accel::Tcg => ("tcg,thread=multi", if parts.port.is_some() { OUTER_CPU } else { "max" }, format!("{},maxcpus={}", parts.cpus, parts.cpus.max(2))),
     };
     // The kernel counts timer interrupts against busy loops, and on a loaded host a translated guest fails that check and hangs.
     // Under KVM it leaves the check out by itself.
@@ -77,6 +88,11 @@ pub(super) fn arguments(parts: &Parts<'_>) -> Vec<OsString> {
         });
         add("-device", device.to_string().into());
     }
+    if let Some((name, socket)) = parts.port {
+        add("-chardev", format!("socket,id=port,fd={socket}").into());
+        add("-device", "virtio-serial-pci,id=ports,bus=pcie.0,addr=3,max_ports=2".into());
+        add("-device", format!("virtserialport,bus=ports.0,chardev=port,name={name}").into());
+    }
     for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
         arguments.push(flag.into());
     }
@@ -102,6 +118,7 @@ mod tests {
             console: 11,
             monitor: 12,
             functions: &[("gpu", 13), ("witness", 14)],
+            port: None,
         };
         let arguments: Vec<_> = arguments(&parts).into_iter().map(|a| a.into_string().unwrap()).collect();
         arguments.join("|")

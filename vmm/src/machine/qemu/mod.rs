@@ -33,13 +33,33 @@ use crate::provision::QemuProgram;
 /// # Errors
 /// If QEMU cannot be started. That it refuses its arguments, or the guest its kernel, is seen by waiting.
 pub fn start(program: &QemuProgram, config: MachineConfig) -> Result<Box<dyn Machine>> {
-    let machine = try_start(program, config).map_err(|error| {
+    start_any(program, config, None)
+}
+
+/// A byte stream to the programs in a guest: a virtio-serial port.
+pub struct Port {
+    /// What the guest finds it by.
+    pub name: &'static str,
+    /// The guest's end.
+    pub socket: UnixStream,
+}
+
+/// Starts a guest that is to run guests itself: its processor has virtualisation, emulated by the translator.
+///
+/// # Errors
+/// As [`start`].
+pub fn start_outer(program: &QemuProgram, config: MachineConfig, port: Port) -> Result<Box<dyn Machine>> {
+    start_any(program, config, Some(port))
+}
+
+fn start_any(program: &QemuProgram, config: MachineConfig, port: Option<Port>) -> Result<Box<dyn Machine>> {
+    let machine = try_start(program, config, port).map_err(|error| {
         Failure::environment(format!("cannot start QEMU ({}): {error}", program.program.display()))
     })?;
     Ok(Box::new(machine))
 }
 
-fn try_start(program: &QemuProgram, config: MachineConfig) -> io::Result<QemuMachine> {
+fn try_start(program: &QemuProgram, config: MachineConfig, port: Option<Port>) -> io::Result<QemuMachine> {
     for (index, slot) in config.functions.iter().enumerate() {
         if config.functions[..index].iter().any(|other| Arc::ptr_eq(&other.memory, &slot.memory)) {
             return Err(io::Error::other(format!(
@@ -71,6 +91,7 @@ fn try_start(program: &QemuProgram, config: MachineConfig) -> io::Result<QemuMac
         console: inherit(console_theirs.into()),
         monitor: inherit(monitor_theirs.into()),
         functions: &functions,
+        port: port.map(|port| (port.name, inherit(port.socket.into()))),
     });
     let mut command = program.command();
     command.args(arguments);

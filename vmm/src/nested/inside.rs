@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The outer guest's side of a nested run: this program as PID 1.
+//!
+//! One lock: the line's, held while one frame is written and taken with no other lock held.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::kmod::{ModuleInitFlags, finit_module};
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+use parking_lot::Mutex;
+
+use super::frame::{Frame, Hello, InnerEvent, MAX_LOG, VERSION};
+use super::{Order, PORT, place};
+use crate::event::{Event, EventSink};
+use crate::failure::{Failure, Result};
+use crate::provision::{Kernel, Modules, QemuProgram};
+use crate::report::results::Results;
+use crate::runner;
+use crate::runner::parts::Parts;
+
+/// How long the port may take to appear, and the host to say that it has the results.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How often the host is told that somebody lives here.
+const ALIVE: Duration = Duration::from_secs(1);
+/// A module that the kernel is to decompress itself.
+const COMPRESSED_FILE: u32 = 4;
+
+/// Is PID 1 of the outer guest, to the end.
+///
+/// # Errors
+/// If this is not PID 1. Everything later is said on the line, or on the console if there is none, and the machine is switched
+/// off.
+pub fn main() -> Result<u8> {
+    if std::process::id() != 1 {
+        return Err(Failure::usage(format!("{} is for the outer guest's PID 1 only", super::COMMAND))
+            .remedy("give `run --nested` instead"));
+    }
+    if let Err(failure) = serve() {
+        // The console is standard error, and the host keeps it.
+        let _ = writeln!(io::stderr(), "hmm-testbench, inside: {failure}");
+    }
+    nix::unistd::sync();
+    let _ = reboot(RebootMode::RB_POWER_OFF);
+    // Whoever cannot switch off must not end either: the kernel would panic.
+    loop {
+        std::thread::sleep(PATIENCE);
+    }
+}
+
+fn serve() -> Result<()> {
+    mount_all()?;
+    let port = open_port()?;
+    let trouble = |error: io::Error| Failure::environment(format!("the line to the host: {error}"));
+    let reader = port.try_clone().map_err(trouble)?;
+    let line = Arc::new(Line { port: Mutex::new(port) });
+    line.send(&Frame::Hello(Hello { version: VERSION, kernel: release() }));
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let (received, receipt) = sync_channel(1);
+    listen(reader, Arc::clone(&interrupted), received)?;
+    beat(Arc::clone(&line))?;
+    let results = make(&line, &interrupted)?;
+    line.send(&Frame::Results(Box::new(results)));
+    wait_for_receipt(&receipt);
+    Ok(())
+}
+
+/// The way to the host, shared by all who have something to say.
+struct Line {
+    port: Mutex<File>,
+}
+
+impl Line {
+    /// Sends a frame. A host that is gone takes this machine with it, so errors are nobody's to handle.
+    fn send(&self, frame: &Frame) {
+        match frame.encode() {
+            Ok(bytes) => drop(self.port.lock().write_all(&bytes)),
+            Err(error) => drop(writeln!(io::stderr(), "hmm-testbench, inside: {error}")),
+        }
+    }
+}
+
+impl EventSink for Line {
+    fn event(&self, event: Event) {
+        let event = match event {
+            Event::Note { text } => InnerEvent::Note { text },
+            Event::Console { line } => InnerEvent::Console { line },
+            Event::Guest { message } => InnerEvent::Guest { message },
+            Event::Violation { violation } => InnerEvent::Violation { violation },
+            // Nothing is provisioned here, and nothing nests twice.
+            Event::StepStart { .. }
+            | Event::StepProgress { .. }
+            | Event::StepEnd { .. }
+            | Event::Nested { .. } => return,
+        };
+        self.send(&Frame::Event(Box::new(event)));
+    }
+}
+
+/// Makes the run; a failure is part of its results.
+fn make(line: &Arc<Line>, interrupted: &AtomicBool) -> Result<Results> {
+    let order: Order = serde_json::from_slice(&read(Path::new(place::ORDER))?)
+        .map_err(|error| Failure::environment(format!("the order cannot be read (a defect): {error}")))?;
+    for module in &order.modules {
+        load(module)?;
+    }
+    let parts = parts(&order);
+    let open = |path: &str| {
+        File::open(path).map_err(|error| Failure::environment(format!("cannot open {path}: {error}")))
+    };
+    let initramfs = open(place::INITRAMFS)?;
+    let (log, copier) = log(Arc::clone(line))?;
+    let outcome = runner::run_inside(&order.config, &parts, initramfs, log, line.as_ref(), interrupted);
+    // All of the log is on the line before the results are. Its writing end went with the run.
+    let _ = copier.join();
+    Ok(outcome.results)
+}
+
+/// The parts as they lie here. Agent and modules are in the initramfs already.
+fn parts(order: &Order) -> Parts {
+    let none = || PathBuf::from("/nonexistent");
+    let qemu = order.qemu.as_ref();
+    Parts {
+        qemu: QemuProgram {
+            program: qemu.map_or_else(none, |qemu| qemu.program.clone()),
+            args: qemu.map(|qemu| qemu.args.iter().map(Into::into).collect()).unwrap_or_default(),
+            env: Vec::new(),
+            version: qemu.map(|qemu| qemu.version.clone()).unwrap_or_default(),
+            origin: "in the outer guest".into(),
+        },
+        kernel: Kernel::image_only(
+            order.kernel_name.clone(),
+            order.kernel_release.clone(),
+            place::KERNEL.into(),
+        ),
+        agent: none(),
+        modules: Modules { driver: none(), witness: none() },
+    }
+}
+
+fn mount_all() -> Result<()> {
+    for (kind, on) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp")] {
+        mount(Some(kind), on, Some(kind), MsFlags::empty(), None::<&str>)
+            .map_err(|error| Failure::environment(format!("cannot mount {on}: {error}")))?;
+    }
+    Ok(())
+}
+
+/// The port of our name, which the kernel may still be finding.
+fn open_port() -> Result<File> {
+    let begin = Instant::now();
+    loop {
+        if let Some(device) = find_port(Path::new("/sys/class/virtio-ports")) {
+            match OpenOptions::new().read(true).write(true).open(&device) {
+                Ok(port) => return Ok(port),
+                Err(error) if begin.elapsed() >= PATIENCE => {
+                    return Err(Failure::environment(format!("cannot open {}: {error}", device.display())));
+                }
+                Err(_) => {}
+            }
+        }
+        if begin.elapsed() >= PATIENCE {
+            return Err(Failure::environment(format!("there is no port {PORT}")));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn find_port(class: &Path) -> Option<PathBuf> {
+    let mut ports = fs::read_dir(class).ok()?.flatten();
+    let ours = ports.find(|port| {
+        fs::read_to_string(port.path().join("name")).is_ok_and(|name| name.trim() == PORT)
+    })?;
+    Some(Path::new("/dev").join(ours.file_name()))
+}
+
+/// Loads a module, which may be compressed.
+fn load(module: &Path) -> Result<()> {
+    let trouble =
+        |error: String| Failure::environment(format!("cannot load {}: {error}", module.display()));
+    let file = File::open(module).map_err(|error| trouble(error.to_string()))?;
+    let flags = if module.extension().is_some_and(|end| end == "ko") { 0 } else { COMPRESSED_FILE };
+    finit_module(&file, c"", ModuleInitFlags::from_bits_retain(flags))
+        .map_err(|error| trouble(error.to_string()))
+}
+
+/// Follows what the host says. When it is gone, the run ends too.
+fn listen(mut port: File, interrupted: Arc<AtomicBool>, received: SyncSender<()>) -> Result<()> {
+    thread("line", move || {
+        loop {
+            match Frame::read(&mut port) {
+                Ok(Some(Frame::Received)) => drop(received.try_send(())),
+                Ok(Some(Frame::Interrupt)) | Err(_) | Ok(None) => {
+                    interrupted.store(true, Ordering::SeqCst);
+                }
+                Ok(Some(_)) => {}
+            }
+            // A port whose host end is closed reads as ended at once, for ever.
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    })
+    .map(drop)
+}
+
+fn beat(line: Arc<Line>) -> Result<()> {
+    thread("alive", move || {
+        loop {
+            line.send(&Frame::Alive);
+            std::thread::sleep(ALIVE);
+        }
+    })
+    .map(drop)
+}
+
+/// A file whose bytes become frames.
+fn log(line: Arc<Line>) -> Result<(File, JoinHandle<()>)> {
+    let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
+        .map_err(|error| Failure::environment(format!("no pipe for the log: {error}")))?;
+    let mut reader = File::from(reader);
+    let copier = thread("log", move || {
+        let mut buffer = vec![0; MAX_LOG];
+        loop {
+            match reader.read(&mut buffer) {
+                Ok(count @ 1..) => line.send(&Frame::Log(buffer[..count].to_vec())),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(0) | Err(_) => return,
+            }
+        }
+    })?;
+    Ok((File::from(writer), copier))
+}
+
+fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(body)
+        .map_err(|error| Failure::environment(format!("cannot start a thread: {error}")))
+}
+
+fn wait_for_receipt(receipt: &Receiver<()>) {
+    // Without one the host has lost interest, and switching off is right all the same.
+    let _ = receipt.recv_timeout(PATIENCE);
+}
+
+fn release() -> String {
+    fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path)
+        .map_err(|error| Failure::environment(format!("cannot read {}: {error}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_pid_1_is_pid_1() {
+        let failure = main().unwrap_err();
+        assert_eq!(failure.kind.exit_status(), 2);
+        assert!(failure.to_string().contains("--nested"));
+    }
+
+    #[test]
+    fn a_port_is_found_by_its_name() {
+        let class = tempfile::tempdir().unwrap();
+        assert_eq!(find_port(&class.path().join("none")), None);
+        for (port, name) in [("vport1p1", "other\n"), ("vport2p1", "hmm-testbench.line\n")] {
+            fs::create_dir(class.path().join(port)).unwrap();
+            fs::write(class.path().join(port).join("name"), name).unwrap();
+        }
+        assert_eq!(find_port(class.path()), Some("/dev/vport2p1".into()));
+    }
+}
