@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::cache::{Cache, Item, Made, Wanted};
 use super::debian::{self, Extract};
+use super::vmlinux;
 use crate::event::{Event, EventSink};
 use crate::failure::{Failure, Result};
 
@@ -72,6 +73,8 @@ pub struct Kernel {
     pub version: Option<String>,
     /// What a machine boots: a bzImage or an ELF vmlinux.
     pub image: PathBuf,
+    /// The image as its package or tree has it; the same as `image` unless that was unpacked from it.
+    pub packed: PathBuf,
     /// Its configuration.
     pub config: Option<PathBuf>,
     pub(super) build: Build,
@@ -192,7 +195,11 @@ fn debian_kernel(cache: &Cache, events: &Arc<dyn EventSink>, named: &NamedKernel
         }
         Ok(Made { versions, key_files })
     })?;
-    from_item(named, item)
+    let mut kernel = from_item(named, item)?;
+    if let Some(unpacked) = vmlinux::provide(cache, events, named.name, &kernel.packed)? {
+        kernel.image = unpacked;
+    }
+    Ok(kernel)
 }
 
 fn from_item(named: &NamedKernel, item: Item) -> Result<Kernel> {
@@ -211,6 +218,7 @@ fn from_item(named: &NamedKernel, item: Item) -> Result<Kernel> {
         name: named.name.into(),
         release,
         version,
+        packed: image.clone(),
         image,
         config: Some(root.join(config)),
         build: Build::Root { item, headers },
@@ -292,6 +300,7 @@ fn built_tree(name: String, dir: &Path) -> Result<Kernel> {
         name,
         release: release.trim().to_owned(),
         version: None,
+        packed: image.clone(),
         image,
         config: Some(dir.join(".config")).filter(|file| file.is_file()),
         build: Build::Tree(dir),

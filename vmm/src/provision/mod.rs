@@ -13,6 +13,7 @@ mod modules;
 mod qemu;
 mod sandbox;
 mod source;
+mod vmlinux;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
