@@ -4,6 +4,7 @@
 pub mod examine;
 pub mod list;
 pub mod not_yet;
+pub mod report;
 pub mod units;
 
 use std::path::PathBuf;
@@ -80,9 +81,8 @@ pub enum Command {
     /// (not in this version)
     #[command(hide = true, disable_help_flag = true)]
     Campaign(Later),
-    /// (not in this version)
-    #[command(hide = true, disable_help_flag = true)]
-    Report(Later),
+    /// Show again what earlier runs found
+    Report(report::ReportArgs),
 }
 
 /// Arguments of a command that this version does not have.

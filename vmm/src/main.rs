@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use clap::Parser;
 use hmm_testbench::bench;
-use hmm_testbench::cli::{Cli, Command, DEFAULT_KERNEL, FormatName, examine, list, not_yet};
+use hmm_testbench::cli::{Cli, Command, DEFAULT_KERNEL, FormatName, examine, list, not_yet, report};
 use hmm_testbench::doctor::Doctor;
 use hmm_testbench::event::EventSink;
 use hmm_testbench::failure::Result;
@@ -40,7 +40,7 @@ fn main() -> ExitCode {
         Command::Mutants(_) => Err(not_yet::not_in_this_version("`mutants`")),
         Command::Check(_) => Err(not_yet::not_in_this_version("`check`")),
         Command::Campaign(_) => Err(not_yet::not_in_this_version("`campaign`")),
-        Command::Report(_) => Err(not_yet::not_in_this_version("`report`")),
+        Command::Report(args) => report::print(&args, &human, &mut std::io::stdout().lock()),
     };
     ExitCode::from(done.unwrap_or_else(|failure| {
         human.failure(&failure);

@@ -62,7 +62,6 @@ fn what_this_version_lacks_is_said() {
         &["mutants", "--json"],
         &["check", "trace"],
         &["campaign", "run"],
-        &["report", "dir"],
     ] {
         let (status, _, stderr) = run(arguments);
         assert_eq!(status, Some(2), "{arguments:?}: {stderr}");

@@ -81,6 +81,11 @@ impl Human {
         }
     }
 
+    /// The end of a run: workloads, what was checked, what was found, the verdict.
+    pub(crate) fn end(&self, results: &Results) -> String {
+        end::text(results, &|tone, text| self.paint(tone, text))
+    }
+
     /// `text` in the colour of `tone`, if there are colours.
     pub(super) fn paint(&self, tone: Tone, text: &str) -> String {
         if !self.colours {
@@ -302,7 +307,7 @@ impl Reporter for Human {
         if let Some(bar) = state.status.take() {
             bar.finish_and_clear();
         }
-        self.print(end::text(results, &|tone, text| self.paint(tone, text)).trim_end());
+        self.print(self.end(results).trim_end());
     }
 
     fn failure(&self, failure: &Failure) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Reports: consumers of stage events and of the results.
 
+pub mod github;
 pub mod human;
 pub mod jsonl;
 pub mod junit;
