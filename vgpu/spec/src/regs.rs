@@ -174,7 +174,7 @@ pub mod witness {
     pub const MAX_SLOTS: u32 = 512;
     /// `REQUEST`: dump the stacks of blocked tasks to the console (sysrq w).
     pub const REQUEST_BLOCKED_TASKS: u32 = 1 << 0;
-    /// `REQUEST`: dump the state of all CPUs to the console (sysrq l).
+    /// `REQUEST`: dump the stacks of all CPUs that are not idle (sysrq l), and of tasks that could run, to the console.
     pub const REQUEST_ALL_CPUS: u32 = 1 << 1;
     /// `REQUEST`: crash the guest, so that it ends (sysrq c).
     pub const REQUEST_PANIC: u32 = 1 << 2;

@@ -171,7 +171,7 @@ impl Device {
     }
 
     fn bad_doorbell(&self, handle: Handle, issued_before: bool) {
-        self.bad_handle("DOORBELL", handle, issued_before, None);
+        self.bad_handle("DOORBELL", handle, issued_before, None, None);
         self.interrupts.error(ERROR_DOORBELL, &self.registers);
     }
 

@@ -20,6 +20,8 @@ pub struct GpuCounters {
     pub invalidations: u64,
     /// Faults raised.
     pub faults: u64,
+    /// Times that a fault found the fault buffer full.
+    pub fault_overflows: u64,
     /// Contexts bound.
     pub contexts: u64,
     /// Bytes read and written by jobs.

@@ -258,7 +258,7 @@ impl<'d> Engine<'d> {
                 if let Some(page) = fault.foreign {
                     let handle = device.tables.pages.handle(page);
                     let issued = handle.generation() != 0;
-                    device.bad_handle("walk", handle, issued, Some(va));
+                    device.bad_handle("walk", handle, issued, Some(ctx), Some(va));
                 }
                 return Err(fault.reason);
             }
@@ -290,7 +290,7 @@ impl<'d> Engine<'d> {
             if self.device.data.owner(index) != ctx {
                 let handle = self.device.data.handle(index);
                 let issued = handle.generation() != 0;
-                self.device.bad_handle("leaf", handle, issued, Some(va));
+                self.device.bad_handle("leaf", handle, issued, Some(ctx), Some(va));
                 return Err(REASON_MALFORMED);
             }
         }

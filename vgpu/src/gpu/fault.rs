@@ -59,6 +59,8 @@ struct Inner {
     buffer: Option<(u64, u32)>,
     /// How many are parked and not in the buffer.
     unrecorded: usize,
+    /// How often a fault found the buffer full since the device was made.
+    overflows: u64,
 }
 
 /// Every fault of the device.
@@ -77,7 +79,7 @@ impl Faults {
     pub(crate) fn new(queues: u32) -> Self {
         let slot = Slot { generation: 0, state: State::Free, entry: FaultEntry::default() };
         let slots = vec![slot; queues as usize].into_boxed_slice();
-        Self { inner: Mutex::new(Inner { slots, buffer: None, unrecorded: 0 }) }
+        Self { inner: Mutex::new(Inner { slots, buffer: None, unrecorded: 0, overflows: 0 }) }
     }
 
     /// Takes a new buffer (or none), empty: what is parked will be recorded in it.
@@ -214,10 +216,15 @@ impl Faults {
         inner.slots.iter().filter(parked).count() as u32
     }
 
+    /// How often a fault found the buffer full.
+    pub(crate) fn overflows(&self) -> u64 {
+        self.inner.lock().overflows
+    }
+
     /// Forgets every fault and the buffer; generations go on.
     pub(crate) fn reset(&self) {
         let mut inner = self.inner.lock();
-        let Inner { slots, buffer, unrecorded } = &mut *inner;
+        let Inner { slots, buffer, unrecorded, overflows: _ } = &mut *inner;
         for slot in slots.iter_mut() {
             let Slot { generation: _, state, entry } = slot;
             *state = State::Free;
@@ -248,6 +255,7 @@ impl Inner {
         let put = registers.get(FAULT_PUT);
         // A GET that is ahead of PUT makes a difference near 2^32: full, as any other nonsense.
         if put.wrapping_sub(registers.get(FAULT_GET)) >= 1 << log2 {
+            self.overflows += 1;
             registers.set_bits(FAULT_STATUS, FAULT_OVERFLOW);
             interrupts.raise(VECTOR_FAULT, registers);
             return false;

@@ -201,6 +201,12 @@ impl Gpu {
     pub fn counters(&self) -> GpuCounters {
         self.device.counted()
     }
+
+    /// How many accesses are parked by a fault at the moment.
+    #[must_use]
+    pub fn parked_faults(&self) -> u32 {
+        self.device.faults.parked(None)
+    }
 }
 
 impl Drop for Gpu {

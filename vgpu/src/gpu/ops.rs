@@ -103,13 +103,13 @@ impl Device {
                 return Ok(Named { context, ctx, state });
             }
         }
-        self.bad_handle(op, ctx, context.is_some_and(|context| context.issued_before(ctx)), None);
+        self.bad_handle(op, ctx, context.is_some_and(|context| context.issued_before(ctx)), None, None);
         Err(STATUS_BAD_HANDLE)
     }
 
     fn page(&self, op: &'static str, pages: &Pages, named: &Named<'_>, page: Handle) -> Result<u32, u32> {
         pages.check(page, named.ctx).ok_or_else(|| {
-            self.bad_handle(op, page, pages.issued_before(page), None);
+            self.bad_handle(op, page, pages.issued_before(page), Some(named.ctx), None);
             STATUS_BAD_HANDLE
         })
     }
@@ -322,7 +322,8 @@ impl Device {
                 Ok(Outcome::after(Drain::new(Finish::Nothing).then_free(vec![index]).kill(self, index)))
             }
             _ => {
-                self.bad_handle(op, handle, queue.is_some_and(|queue| queue.issued_before(handle)), None);
+                let issued = queue.is_some_and(|queue| queue.issued_before(handle));
+                self.bad_handle(op, handle, issued, Some(named.ctx), None);
                 Err(STATUS_BAD_HANDLE)
             }
         }
@@ -342,7 +343,7 @@ impl Device {
         if fault == Handle::NONE {
             self.faults.answer_all(ctx, answer, &mut answered);
         } else if !self.faults.answer(ctx, fault, answer, &mut answered) {
-            self.bad_handle(op, fault, self.faults.issued_before(fault), None);
+            self.bad_handle(op, fault, self.faults.issued_before(fault), Some(ctx), None);
             return Err(STATUS_BAD_HANDLE);
         }
         for queue in wake {

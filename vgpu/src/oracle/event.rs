@@ -92,6 +92,8 @@ pub enum DeviceEvent {
         handle: Handle,
         /// It has been issued once, and is stale; else it was never given out.
         issued_before: bool,
+        /// The live context in whose name it was used, if there is one.
+        by: Option<Handle>,
         /// An address it came with.
         va: Option<u64>,
     },

@@ -272,8 +272,13 @@ impl Model {
             Step::StaleAnswer { file } => {
                 if self.files.get(file % files).is_some() {
                     let handle = Handle::new(Kind::Fault, 1, 1);
-                    let event =
-                        DeviceEvent::BadHandle { op: "FAULT_CANCEL", handle, issued_before: true, va: None };
+                    let event = DeviceEvent::BadHandle {
+                        op: "FAULT_CANCEL",
+                        handle,
+                        issued_before: true,
+                        by: None,
+                        va: None,
+                    };
                     self.oracle.event(event);
                 }
             }
@@ -314,7 +319,7 @@ fn any_event() -> impl Strategy<Value = DeviceEvent> {
         handle().prop_map(|ctx| DeviceEvent::ReleaseAgain { ctx }),
         (handle(), leak).prop_map(|(ctx, leak)| DeviceEvent::ContextUnbound { ctx, leak }),
         (handle(), any::<bool>(), any::<Option<u64>>()).prop_map(|(handle, issued_before, va)| {
-            DeviceEvent::BadHandle { op: "x", handle, issued_before, va }
+            DeviceEvent::BadHandle { op: "x", handle, issued_before, by: None, va }
         }),
         (handle(), any::<Option<u64>>(), any::<u64>()).prop_map(|(ctx, va, pte)| DeviceEvent::LeafSet {
             ctx,

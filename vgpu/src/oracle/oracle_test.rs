@@ -137,7 +137,7 @@ impl Bench {
 fn a_stale_context_is_touched_and_a_made_up_one_unknown() {
     let b = bench();
     let bad = |op, handle, issued_before| {
-        b.oracle.event(E::BadHandle { op, handle, issued_before, va: Some(VA) });
+        b.oracle.event(E::BadHandle { op, handle, issued_before, by: None, va: Some(VA) });
         b.oracle.violations().last().map(|v| (v.rule.name(), v.context, v.address))
     };
     assert_eq!(bad("FAULT_REPLAY", fault(1), true), None, "somebody else was faster");
@@ -354,7 +354,13 @@ fn outside_reports_are_kept_apart_by_their_text() {
 fn the_list_is_bounded() {
     let b = bench_with(OracleConfig { max_violations: 3, ..OracleConfig::default() });
     for i in 0..10 {
-        b.oracle.event(E::BadHandle { op: "RELEASE", handle: ctx(i, 1), issued_before: true, va: None });
+        b.oracle.event(E::BadHandle {
+            op: "RELEASE",
+            handle: ctx(i, 1),
+            issued_before: true,
+            by: None,
+            va: None,
+        });
     }
     assert_eq!((b.oracle.violations().len(), b.oracle.counters().suppressed), (3, 7));
 }

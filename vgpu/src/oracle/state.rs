@@ -204,8 +204,8 @@ impl State {
                 self.faults.retain(|_, fault| fault.ctx != ctx);
                 watched.clear(ctx);
             }
-            E::BadHandle { op, handle, issued_before, va } => {
-                self.bad_handle(op, handle, issued_before, va, found);
+            E::BadHandle { op, handle, issued_before, by, va } => {
+                self.bad_handle(op, handle, issued_before, by, va, found);
             }
             E::LeafSet { ctx, va: Some(va), pte } => self.leaf_set(ctx, va, pte, found),
             E::FaultRaised { fault, ctx, va, .. } => self.fault_raised(fault, ctx, va),
@@ -280,9 +280,11 @@ impl State {
         op: &str,
         handle: Handle,
         issued_before: bool,
+        by: Option<Handle>,
         va: Option<u64>,
         found: &mut Vec<Finding>,
     ) {
+        let who = by.map_or_else(|| "no context".to_owned(), |ctx| ctx.to_string());
         let (rule, ctx, text) = match (handle.kind(), issued_before) {
             (Some(Kind::Context), true) => {
                 let text = format!("{op} named {handle}, which had been unregistered before");
@@ -296,12 +298,13 @@ impl State {
             (Some(Kind::Context), false) => {
                 (Rule::UnknownHandle, Some(handle), format!("{op} named {handle}, which was never given out"))
             }
-            (_, true) => (Rule::UnknownHandle, None, format!("{op} named {handle}, which is stale")),
+            (_, true) => (Rule::UnknownHandle, by, format!("{op} of {who} named {handle}, which is stale")),
             (_, false) => {
-                (Rule::UnknownHandle, None, format!("{op} named {handle}, which was never given out"))
+                (Rule::UnknownHandle, by, format!("{op} of {who} named {handle}, which was never given out"))
             }
         };
-        found.push(Finding { rule, ctx, mm: None, va, frame: None, summary: text });
+        let mm = ctx.and_then(|ctx| self.mm_of(ctx));
+        found.push(Finding { rule, ctx, mm, va, frame: None, summary: text });
     }
 
     fn leaf_set(&mut self, ctx: Handle, va: u64, entry: u64, found: &mut Vec<Finding>) {

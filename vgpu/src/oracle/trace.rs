@@ -115,7 +115,7 @@ fn concerns(what: &What, ctx: Option<Handle>, mm: Option<u64>, va: Option<u64>) 
         | E::ContextReleased { ctx }
         | E::ReleaseAgain { ctx }
         | E::ContextUnbound { ctx, .. } => (ctx, true),
-        E::BadHandle { handle, .. } => (handle, true),
+        E::BadHandle { handle, by, .. } => (by.unwrap_or(handle), true),
         E::LeafSet { ctx, va: Some(at), pte } => (ctx, on_page(va, at, leaf_last(at, pte))),
         // A 2 MiB leaf is cleared without telling its size: what lies within one counts as cleared.
         E::LeafCleared { ctx, va: Some(at), count } => {
@@ -176,7 +176,8 @@ fn device(out: &mut String, event: &DeviceEvent) -> std::fmt::Result {
         E::ContextReleased { ctx } => write!(out, "{ctx} released and drained"),
         E::ReleaseAgain { ctx } => write!(out, "{ctx} released again"),
         E::ContextUnbound { ctx, leak } => write!(out, "{ctx} unbound, left behind: {leak}"),
-        E::BadHandle { op, handle, issued_before, va } => {
+        E::BadHandle { op, handle, issued_before, by, va } => {
+            by.map_or(Ok(()), |ctx| write!(out, "{ctx} "))?;
             write!(out, "{op} named {handle}, {}", if issued_before { "stale" } else { "never given out" })?;
             va.map_or(Ok(()), |va| write!(out, ", address {va:#x}"))
         }
@@ -267,8 +268,13 @@ mod tests {
             }),
         });
         assert_eq!(text, "#5 beat 2 device: context 1#1 job of queue 0#1 done, JOB_KILLED");
-        let bad =
-            DeviceEvent::BadHandle { op: "INVALIDATE", handle: ctx, issued_before: true, va: Some(0x1000) };
+        let bad = DeviceEvent::BadHandle {
+            op: "INVALIDATE",
+            handle: ctx,
+            issued_before: true,
+            by: None,
+            va: Some(0x1000),
+        };
         let text = render(&Entry { sequence: 0, heartbeat: 0, what: What::Device(bad) });
         assert_eq!(text, "#0 beat 0 device: INVALIDATE named context 1#1, stale, address 0x1000");
     }
