@@ -180,6 +180,20 @@ static void vgpu_remove(struct pci_dev *pdev)
 	vgpu_device_put(vdev);
 }
 
+/*
+ * A reset makes the device forget everything it was told. Contexts have users,
+ * who cannot be moved to new ones behind their backs: so the device counts as
+ * dead, every wait ends, and binding the driver anew begins from scratch.
+ */
+static void vgpu_reset_prepare(struct pci_dev *pdev)
+{
+	vgpu_cmd_kill(pci_get_drvdata(pdev), "the device is being reset");
+}
+
+static const struct pci_error_handlers vgpu_err_handlers = {
+	.reset_prepare = vgpu_reset_prepare,
+};
+
 static const struct pci_device_id vgpu_pci_ids[] = {
 	{ PCI_DEVICE(VGPU_PCI_VENDOR, VGPU_PCI_DEVICE) },
 	{ }
@@ -191,6 +205,7 @@ static struct pci_driver vgpu_pci_driver = {
 	.id_table = vgpu_pci_ids,
 	.probe = vgpu_probe,
 	.remove = vgpu_remove,
+	.err_handler = &vgpu_err_handlers,
 };
 
 static int __init vgpu_init(void)
