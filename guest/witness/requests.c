@@ -10,6 +10,10 @@
 #include <linux/kernel.h>
 #include <linux/panic.h>
 #include <linux/printk.h>
+#include <linux/rcupdate.h>
+#include <linux/sched.h>
+#include <linux/sched/debug.h>
+#include <linux/sched/signal.h>
 #include <linux/sysrq.h>
 
 #include "hmm_vgpu_regs.h"
@@ -55,6 +59,22 @@ void __init requests_allow(void)
 
 #endif
 
+/*
+ * Tasks that could run and are not the reader: who works without end is one of
+ * them. sysrq knows only those that are on a CPU at this moment, and on a
+ * machine with one CPU that is us.
+ */
+static void show_runnable(void)
+{
+	struct task_struct *process, *task;
+
+	rcu_read_lock();
+	for_each_process_thread(process, task)
+		if (task_is_running(task) && task != current && !is_idle_task(task))
+			sched_show_task(task);
+	rcu_read_unlock();
+}
+
 /**
  * requests_act - do what the host asks
  * @requests: WITNESS_REQUEST_* bits
@@ -63,8 +83,10 @@ void requests_act(u32 requests)
 {
 	if (requests & WITNESS_REQUEST_BLOCKED_TASKS)
 		handle_sysrq('w');
-	if (requests & WITNESS_REQUEST_ALL_CPUS)
+	if (requests & WITNESS_REQUEST_ALL_CPUS) {
 		handle_sysrq('l');
+		show_runnable();
+	}
 	if (requests & WITNESS_REQUEST_PANIC)
 		panic("hmm_witness: the host asked for a panic");
 }
