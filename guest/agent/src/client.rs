@@ -12,6 +12,9 @@ use crate::memory::{Mapping, PAGE, Pattern, peek};
 use crate::outcome::{Checked, Doing, Failure, require};
 use crate::process::{BOUND, Pause};
 
+/// How long a job may take. The host's watchdog has less patience, and can say who hangs.
+const JOB_BOUND: Duration = BOUND.saturating_mul(2);
+
 /// A job to be queued.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Job(Submit);
@@ -72,6 +75,11 @@ impl Job {
         self
     }
 
+    /// As the driver takes it.
+    pub(crate) fn raw(self) -> Submit {
+        self.0
+    }
+
     /// Puts it on another queue than 0.
     pub(crate) fn queue(mut self, queue: u32) -> Self {
         self.0.queue = queue;
@@ -89,6 +97,8 @@ pub(crate) struct Ticket {
 /// How a job ended.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Done {
+    /// Handle of the context it ran on.
+    context: u64,
     /// A `JOB_` constant.
     pub(crate) status: u32,
     /// By job.
@@ -118,6 +128,7 @@ impl Done {
         let page = !(PAGE as u64 - 1);
         if self.status == job::JOB_OK {
             return Err(Failure::reached(
+                self.context,
                 address,
                 format!("the job should have faulted but ended with {self}"),
             ));
@@ -201,12 +212,17 @@ impl Context {
 
     /// Waits for a job, in bounded time.
     pub(crate) fn wait(&self, ticket: Ticket) -> Checked<Done> {
-        let until = Instant::now() + BOUND;
+        let until = Instant::now() + JOB_BOUND;
         loop {
             let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
             match self.file.wait(ticket.queue, ticket.fence, left) {
                 Ok(wait) => {
-                    return Ok(Done { status: wait.status, result: wait.result, address: wait.address });
+                    return Ok(Done {
+                        context: self.handle,
+                        status: wait.status,
+                        result: wait.result,
+                        address: wait.address,
+                    });
                 }
                 Err(Errno::EINTR) if Instant::now() < until => {}
                 Err(errno) => return Err(errno).doing("wait"),

@@ -35,8 +35,8 @@ impl Failure {
     }
 
     /// The device reached what it must not have: a mismatch whose two values are the same.
-    pub(crate) fn reached(address: u64, detail: String) -> Self {
-        let mismatch = Mismatch { context: 0, address, expected: 0, found: 0, reader: Reader::Device };
+    pub(crate) fn reached(context: u64, address: u64, detail: String) -> Self {
+        let mismatch = Mismatch { context, address, expected: 0, found: 0, reader: Reader::Device };
         Self::Mismatch(mismatch, detail)
     }
 

@@ -254,6 +254,35 @@ impl Drop for Child {
     }
 }
 
+/// Takes a killed process's memory away before it has ended, as the OOM killer's reaper does: with invalidations that must
+/// not sleep, and while its threads and its device still run.
+pub(crate) fn reap_memory(pid: Pid) -> Result<(), Errno> {
+    use std::os::fd::{FromRawFd, OwnedFd};
+    // SAFETY: a system call with plain numbers; what it returns is a new descriptor or an error.
+    let pidfd = Errno::result(unsafe { nix::libc::syscall(nix::libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
+    // SAFETY: a descriptor that was made just now, and is nobody else's.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd as i32) };
+    // SAFETY: as above; it changes no memory of this process.
+    let reaped = unsafe {
+        nix::libc::syscall(nix::libc::SYS_process_mrelease, std::os::fd::AsRawFd::as_raw_fd(&pidfd), 0)
+    };
+    Errno::result(reaped).map(drop)
+}
+
+/// Runs `body` with priority over everything else on the CPU it is on.
+pub(crate) fn undisturbed<T>(body: impl FnOnce() -> T) -> Checked<T> {
+    let policy = |policy, priority| {
+        let parameters = nix::libc::sched_param { sched_priority: priority };
+        // SAFETY: the structure lives through the call.
+        Errno::result(unsafe { nix::libc::sched_setscheduler(0, policy, &parameters) })
+            .doing("sched_setscheduler")
+    };
+    policy(nix::libc::SCHED_FIFO, 10)?;
+    let result = body();
+    policy(nix::libc::SCHED_OTHER, 0)?;
+    Ok(result)
+}
+
 /// Waits for a process that is not this one's own child but was left to it (see `set_child_subreaper`).
 pub(crate) fn wait_adopted(pid: Pid) -> Checked {
     let until = Instant::now() + BOUND;

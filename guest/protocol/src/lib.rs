@@ -64,29 +64,41 @@ pub struct WorkloadInfo {
     pub name: &'static str,
     /// One line.
     pub about: &'static str,
+    /// Part of the default suite.
+    pub suite: bool,
 }
 
-/// Every workload, in the order of the default suite.
+/// Every workload; those of the default suite first, in its order.
 pub const WORKLOADS: &[WorkloadInfo] = &[
     WorkloadInfo {
         name: "access",
         about: "the device reads and writes anonymous, file and shared memory; the CPU checks, both ways",
+        suite: true,
     },
     WorkloadInfo {
         name: "release",
         about: "a process exits, is killed or execs with live mappings and with engines running",
+        suite: true,
     },
     WorkloadInfo {
         name: "unregister",
         about: "the file is closed while engines run, from another thread, from a child that inherited it",
+        suite: true,
     },
     WorkloadInfo {
         name: "invalidate",
         about: "munmap, mremap, mprotect, madvise, fork and COW, hole punch, truncate under running engines; then the hole is touched from the device and must fault",
+        suite: true,
     },
     WorkloadInfo {
         name: "stress",
         about: "threads of random memory operations against random device work, checked against a model",
+        suite: true,
+    },
+    WorkloadInfo {
+        name: "removal",
+        about: "the device is taken from the driver through sysfs, or reset, while files are open and engines run; not part of the default suite",
+        suite: false,
     },
 ];
 

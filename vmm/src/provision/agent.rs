@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::cache::Cache;
+use super::hash::Hash;
 use super::source_tree;
 use crate::event::{Event, EventSink};
 use crate::failure::{Failure, Result};
@@ -26,7 +27,9 @@ pub(super) fn provide(cache: &Cache, events: &Arc<dyn EventSink>) -> Result<Path
             Failure::environment("cargo is not installed; the guest's PID 1 is built with it")
                 .remedy("apt-get install cargo (Debian 13), or see rustup.rs; 1.85 or newer")
         })?;
-    let target_dir = cache.root().join("agent-target");
+    // One for each source tree: cargo takes another checkout's newer build for this one's.
+    let tree = Hash::default().add(source.as_os_str().as_encoded_bytes()).finish();
+    let target_dir = cache.root().join("agent-target").join(tree);
     fs::create_dir_all(&target_dir).map_err(|e| cache.trouble("cannot make the agent's build folder", &e))?;
 
     let start = Instant::now();

@@ -5,7 +5,7 @@
 //! answer with an error where an access would be a signal.
 #![allow(unsafe_code)] // the atomic job needs the CPU's own atomics, by address
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
@@ -21,7 +21,7 @@ use vgpu_spec::job::{
 use vgpu_spec::uapi::{Query, Submit, Wait};
 
 use super::{Device, DeviceFile};
-use crate::memory::{PAGE, Pattern, peek};
+use crate::memory::{HUGE, PAGE, Pattern, peek};
 
 static HANDLES: AtomicU64 = AtomicU64::new(1);
 
@@ -38,6 +38,7 @@ impl Device for Model {
             context: AtomicU64::new(0),
             corrupt: self.corrupt,
             queues: Mutex::default(),
+            blocks: Mutex::default(),
         };
         Ok(Box::new(File { open: Mutex::new(Some(Arc::new(open))) }))
     }
@@ -59,6 +60,8 @@ struct Open {
     context: AtomicU64,
     corrupt: bool,
     queues: Mutex<Vec<Arc<Queue>>>,
+    /// Blocks of 2 MiB that jobs have touched: it "maps" each by one leaf.
+    blocks: Mutex<HashSet<u64>>,
 }
 
 struct Queue {
@@ -121,7 +124,15 @@ impl DeviceFile for File {
     }
 
     fn submit(&self, job: &Submit) -> Result<u64, Errno> {
-        let queue = self.open()?.queue(job.queue)?;
+        let open = self.open()?;
+        let queue = open.queue(job.queue)?;
+        if job.op <= OP_COMPARE {
+            let block = HUGE as u64;
+            open.blocks
+                .lock()
+                .unwrap()
+                .extend(job.dst.max(job.src) / block..(job.dst.max(job.src) + job.len).div_ceil(block));
+        }
         let jobs = queue.jobs.lock().unwrap();
         let fence = queue.next.fetch_add(1, Ordering::SeqCst) + 1;
         let sender = jobs.as_ref().ok_or(Errno::ESRCH)?;
@@ -151,7 +162,14 @@ impl DeviceFile for File {
             pid if pid == this() => 1,
             _ => 2,
         };
-        Ok(Query { state, ctx: open.context.load(Ordering::SeqCst), queues: 2, ..Query::default() })
+        let huge_maps = open.blocks.lock().unwrap().len() as u64;
+        Ok(Query {
+            state,
+            ctx: open.context.load(Ordering::SeqCst),
+            queues: 2,
+            huge_maps,
+            ..Query::default()
+        })
     }
 
     fn unbind(&self) -> Result<(), Errno> {

@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `access`: the device and the CPU read and write the same memory, of every kind, and must agree.
 
+mod huge;
+mod many;
+
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::MmapAdvise;
 use nix::unistd::ftruncate;
 use vgpu_spec::job::random_index;
 
@@ -114,6 +118,11 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     round.case("anon-shared/two-processes", |rng| result(device, rng));
     round.case("file-private/file-unchanged", |rng| private_file(device, rng));
     round.case("bad-jobs", |rng| bad_jobs(device, rng));
+    round.case("anon-4k/emptied", |rng| emptied(device, rng));
+    round.case("anon-thp/leaves", |rng| huge::leaves(device, rng));
+    round.case("anon-thp/split-by-unmap", |rng| huge::split_by_unmap(device, rng));
+    round.case("anon-thp/split-by-protect", |rng| huge::split_by_protect(device, rng));
+    round.case("every-queue-faults", |rng| many::queues(device, rng.next()));
 }
 
 fn cpu_then_device(context: &Context, memory: &Memory, rng: &mut Rng) -> Checked {
@@ -290,6 +299,18 @@ fn round_case_hole(round: &mut Round<'_, '_>, name: &str, beyond_end: bool) {
             context.check(&map, 3 * PAGE, 8, Pattern { first: 3 * PAGE as u64, step: 0 })
         }
     });
+}
+
+/// Memory is emptied: the device must find zeros on every page. Each is a job of its own, for a fault over all of them has the
+/// driver look at all of them, and mend what it had forgotten.
+fn emptied(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let pages = 8;
+    let map = Mapping::small(pages * PAGE).doing("mmap")?;
+    let context = Context::bind(device)?;
+    map.touch(0, pages * PAGE);
+    context.fill(&map, 0, pages * PAGE, pattern(rng))?;
+    map.advise(0, pages * PAGE, MmapAdvise::MADV_DONTNEED).doing("madvise")?;
+    (0..pages).try_for_each(|page| context.check(&map, page * PAGE, PAGE, Pattern::ZERO))
 }
 
 /// Two processes, each with a context, on the same shared pages.

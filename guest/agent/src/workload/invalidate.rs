@@ -263,6 +263,10 @@ impl Scene {
     fn is_fresh(&self, new: Pattern) -> Checked {
         let (at, bytes) = (self.hole.0, self.hole.1.min(FEW));
         self.sees(at, bytes, Pattern::ZERO).doing("fresh memory")?;
+        // What is forgotten is likely to lie where two parts meet.
+        for page in [self.hole.1 / 2 / PAGE * PAGE, self.hole.1 - PAGE] {
+            self.sees(at + page, PAGE, Pattern::ZERO).doing("fresh memory")?;
+        }
         self.context.fill(&self.map, at, bytes, new).doing("fresh memory")?;
         self.context.cpu_check(&self.map, at, bytes, new).doing("fresh memory")
     }

@@ -9,6 +9,7 @@ mod access;
 mod bench;
 mod invalidate;
 mod release;
+mod removal;
 mod stress;
 mod unregister;
 
@@ -60,6 +61,7 @@ const ALL: &[Workload] = &[
     Workload { name: "unregister", rounds: unregister::ROUNDS, round: unregister::round },
     Workload { name: "invalidate", rounds: invalidate::ROUNDS, round: invalidate::round },
     Workload { name: "stress", rounds: stress::ROUNDS, round: stress::round },
+    Workload { name: "removal", rounds: removal::ROUNDS, round: removal::round },
 ];
 
 /// What a plan may also name, though it is no part of any suite.

@@ -4,8 +4,12 @@
 //! Each case is a process that binds some contexts, lets the device read through each, and ends; the parent sees that it ends
 //! in bounded time. What the device does meanwhile and afterwards is the oracle's to judge.
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::signal::{Signal, raise};
 use nix::unistd::Pid;
 
@@ -14,8 +18,8 @@ use crate::client::{Context, Job};
 use crate::device::Device;
 use crate::exec;
 use crate::memory::{Mapping, PAGE, Pattern, Prot, WINDOW};
-use crate::outcome::{Checked, Doing, require};
-use crate::process::{BOUND, Child, Pause, exit_now, wait_adopted};
+use crate::outcome::{Checked, Doing, Failure, require};
+use crate::process::{BOUND, Child, Pause, exit_now, reap_memory, undisturbed, wait_adopted};
 use crate::rng::Rng;
 
 /// Rounds in the default suite.
@@ -143,6 +147,11 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
         });
     }
     round.case("inherited", |rng| inherited(device, rng));
+    round.case("kill/reaped", |rng| reaped(device, rng));
+    // It takes a second; now and then will do.
+    if round.iteration % 10 == 0 {
+        round.case("kill/out-of-memory", |rng| out_of_memory(device, rng));
+    }
 }
 
 /// A process that ends by itself, with status 0.
@@ -184,17 +193,121 @@ fn is_killed(
     });
 }
 
+/// Some cases change the system they run on: not where there is no driver.
+fn only_in_a_guest() -> Checked {
+    let here = Path::new(vgpu_spec::uapi::DRIVER_DEVICE).exists();
+    if here { Ok(()) } else { Err(Failure::Skip("there is no device node of a driver".to_owned())) }
+}
+
+/// Killed, and its memory taken away by somebody else while its engines run: invalidations that must not sleep.
+fn reaped(device: &dyn Device, rng: &mut Rng) -> Checked {
+    only_in_a_guest()?;
+    // Both on one CPU, so that the victim cannot end before its memory is taken.
+    let before = sched_getaffinity(Pid::this()).doing("sched_getaffinity")?;
+    let mut one = CpuSet::new();
+    one.set(0).and_then(|()| sched_setaffinity(Pid::this(), &one)).doing("sched_setaffinity")?;
+    let result = reaped_here(device, rng);
+    sched_setaffinity(Pid::this(), &before).doing("sched_setaffinity")?;
+    result
+}
+
+fn reaped_here(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let mut caught = 0;
+    for _ in 0..3 {
+        let mut child = Child::spawn(|parent| {
+            let occupied = Occupied::new(device, rng, FEW)?;
+            occupied.set_running(rng)?;
+            let _more = occupied.set_faulting(rng)?;
+            parent.ready(0);
+            forever()
+        })?;
+        child.wait_ready()?;
+        let result = undisturbed(|| child.signal(Signal::SIGKILL).map(|()| reap_memory(child.pid())))??;
+        match result {
+            // EAGAIN: the driver was busy and said so, as it may.
+            Ok(()) | Err(Errno::EAGAIN) => caught += 1,
+            // It was faster.
+            Err(Errno::ESRCH) => {}
+            Err(Errno::ENOSYS) => {
+                return Err(Failure::Skip("this kernel has no process_mrelease".to_owned()));
+            }
+            Err(errno) => return Err(errno).doing("process_mrelease"),
+        }
+        child.join_killed(Signal::SIGKILL)?;
+    }
+    if caught > 0 {
+        Ok(())
+    } else {
+        Err(Failure::Skip("every process was gone before its memory was taken".to_owned()))
+    }
+}
+
+/// A group of processes with little memory, in the control groups' file system.
+struct Narrow(PathBuf);
+
+impl Narrow {
+    fn new(bytes: usize) -> Checked<Self> {
+        let root = Path::new("/sys/fs/cgroup");
+        let skip = |what: &str, error: &dyn std::fmt::Display| Failure::Skip(format!("{what}: {error}"));
+        match mount(Some("cgroup2"), root, Some("cgroup2"), MsFlags::empty(), None::<&str>) {
+            // It is there already.
+            Ok(()) | Err(Errno::EBUSY) => {}
+            Err(errno) => return Err(skip("cgroup2", &errno)),
+        }
+        let write = |path: PathBuf, text: &str| {
+            std::fs::write(&path, text).map_err(|error| skip(&path.display().to_string(), &error))
+        };
+        write(root.join("cgroup.subtree_control"), "+memory")?;
+        let group = Self(root.join("narrow"));
+        std::fs::create_dir_all(&group.0).map_err(|error| skip("cgroup", &error))?;
+        write(group.0.join("memory.max"), &bytes.to_string())?;
+        Ok(group)
+    }
+
+    /// The caller belongs to it from now on.
+    fn join(&self) -> Checked {
+        let path = self.0.join("cgroup.procs");
+        std::fs::write(&path, "0").map_err(|error| Failure::wrong(format!("{}: {error}", path.display())))
+    }
+}
+
+impl Drop for Narrow {
+    fn drop(&mut self) {
+        // Who is left in it keeps it; the next user of it takes it as it is.
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+/// The device faults in more memory than its process may have, and the process is killed for it.
+fn out_of_memory(device: &dyn Device, rng: &mut Rng) -> Checked {
+    const LIMIT: usize = 4 << 20;
+    only_in_a_guest()?;
+    let narrow = Narrow::new(LIMIT)?;
+    let mut child = Child::spawn(|_| {
+        narrow.join()?;
+        let occupied = Occupied::new(device, rng, FEW)?;
+        occupied.set_running(rng)?;
+        let much = Mapping::small(4 * LIMIT).doing("mmap")?;
+        // Either the device's faults have the process killed, or they are refused and its own do it.
+        let _ = occupied.contexts[0].run(Job::fill(much.at(0), much.bytes(), Pattern::ZERO));
+        much.touch(0, much.bytes());
+        Err(Failure::wrong("the process outlived its limit"))
+    })?;
+    child.join_killed(Signal::SIGKILL)
+}
+
 /// A child inherits the file; its parent, whose address space is mirrored, exits. The child must be refused, and its exit is
 /// the last close.
 fn inherited(device: &dyn Device, rng: &mut Rng) -> Checked {
     let mut child = Child::spawn(|parent| {
         let occupied = Occupied::new(device, rng, FEW)?;
-        occupied.set_running(rng)?;
         let own = Pid::this();
         let grandchild = Child::spawn(|_| {
             // Its parent will be gone when it has something to say.
             outlive(&occupied, own).inspect_err(|failure| parent.failed(failure))
         })?;
+        // Only now, so that engines still run when the address space ends; the heir keeps the file open far beyond that.
+        occupied.set_running(rng)?;
         parent.ready(grandchild.pid().as_raw() as u64);
         exit_now(0)
     })?;
