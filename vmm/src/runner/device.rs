@@ -10,8 +10,9 @@ use vgpu::gpu::{Gpu, GpuConfig, GpuCounters};
 use vgpu::memory::SystemMemory;
 use vgpu::oracle::{Inspect, Oracle, OracleConfig, Violation};
 use vgpu::witness::{GuestSink, Witness};
-use vgpu_spec::regs::gpu::{IRQ_ENABLE, IRQ_STATUS};
+use vgpu_spec::regs::gpu::{FAULT_GET, FAULT_PUT};
 
+use super::hang::Standing;
 use super::session::DeviceSide;
 use crate::failure::{Failure, Result};
 use crate::machine::FunctionSlot;
@@ -89,6 +90,7 @@ impl Device {
             walks: gpu.walks,
             invalidations: gpu.invalidations,
             faults: gpu.faults,
+            fault_overflows: gpu.fault_overflows,
             contexts: gpu.contexts,
             address_spaces: oracle.address_spaces,
             releases: oracle.releases,
@@ -119,8 +121,14 @@ impl DeviceSide for Device {
         let events = self.oracle.counters().events;
         [accesses, jobs, commands, faults, contexts, events].into_iter().fold(0, u64::wrapping_add)
     }
-    fn interrupt_pending(&self) -> bool {
-        self.register(IRQ_STATUS) & self.register(IRQ_ENABLE) != 0
+    fn standing(&self) -> Standing {
+        let untaken = self.register(FAULT_PUT).wrapping_sub(self.register(FAULT_GET));
+        Standing {
+            activity: self.activity(),
+            faults_parked: self.gpu.parked_faults().into(),
+            faults_untaken: untaken.into(),
+            interrupts: self.gpu.counters().interrupts,
+        }
     }
     fn request(&self, bits: u32) {
         self.witness.request(bits);

@@ -6,9 +6,11 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use guest_protocol::{Message, Plan};
-use vgpu::oracle::Violation;
+use vgpu::oracle::{Rule, Violation};
+use vgpu_spec::handle::Handle;
 use vgpu_spec::regs::witness::{REQUEST_ALL_CPUS, REQUEST_BLOCKED_TASKS};
 
+use super::hang::{self, Clues, Standing};
 use super::splats::{self, Meaning};
 use super::story::Story;
 use super::watch::{Alarm, Limits, Phase, Watch};
@@ -42,8 +44,8 @@ pub enum Input {
 pub trait DeviceSide {
     /// A number that changes when the guest uses the device.
     fn activity(&self) -> u64;
-    /// An interrupt that the driver enabled is up and not served.
-    fn interrupt_pending(&self) -> bool;
+    /// What the device stands at.
+    fn standing(&self) -> Standing;
     /// Asks the witness for something.
     fn request(&self, bits: u32);
     /// Takes a violation found here.
@@ -82,9 +84,14 @@ pub struct Session<'a> {
     start: Instant,
     last_console: Instant,
     activity: u64,
-    /// Console line from which on a hanging guest prints its stacks.
+    /// Console line from which on a hanging guest prints its stacks, and what the device stood at then.
     stacks_from: u64,
+    stood: Standing,
+    /// The first fault that was not answered: a hang is likely to be about it.
+    unanswered: Option<Violation>,
     nmi: bool,
+    /// A hang was reported.
+    hung: bool,
     interactive: bool,
     complained: bool,
     /// Heartbeats so far, and how many there were at the first violation.
@@ -128,7 +135,10 @@ impl<'a> Session<'a> {
             start: given.start,
             last_console: given.start,
             stacks_from: 0,
+            stood: Standing::default(),
+            unanswered: None,
             nmi: false,
+            hung: false,
             interactive: given.interactive,
             complained: false,
             heartbeats: 0,
@@ -197,10 +207,11 @@ impl<'a> Session<'a> {
         self.console.finish(&mut items);
         self.items(items);
         self.violations(violations);
-        if self.end.lost.is_some()
+        // A hang's report has the stacks; behind them the console has only more of the same.
+        if self.end.lost.is_some() && !self.hung
             || self.end.interrupted
             || self.end.story.fatal.is_some()
-            || !self.end.story.done
+            || !self.end.story.done && !self.hung
         {
             self.end.console_tail = self.console.tail(TAIL_LINES);
         }
@@ -210,6 +221,11 @@ impl<'a> Session<'a> {
     fn violations(&mut self, violations: &Receiver<Violation>) {
         for violation in violations.try_iter() {
             self.violated_at.get_or_insert(self.heartbeats);
+            if violation.rule == Rule::FaultUnanswered && self.unanswered.is_none() {
+                // Whoever should have answered may still be found at it.
+                self.watch.suspect();
+                self.unanswered = Some(violation.clone());
+            }
             self.events.event(Event::Violation { violation });
         }
     }
@@ -326,7 +342,8 @@ impl<'a> Session<'a> {
         let (Some(at), Some(limit)) = (self.violated_at, self.limits.violation_heartbeats) else {
             return false;
         };
-        let enough = self.heartbeats.saturating_sub(at) >= limit;
+        // A guest that was asked why it hangs gets to answer.
+        let enough = self.heartbeats.saturating_sub(at) >= limit && !self.watch.asked();
         if enough {
             self.end.notes.push(format!(
                 "ended {} {limit} heartbeats after the first violation; --keep-going runs to the end",
@@ -334,6 +351,33 @@ impl<'a> Session<'a> {
             ));
         }
         enough
+    }
+
+    /// The guest was asked for its stacks and still does not get on: says why.
+    fn hang(&mut self) {
+        let standing = self.device.standing();
+        let mut violation = hang::judge(&Clues {
+            stacks: self.console.since(self.stacks_from),
+            standing,
+            still: standing.activity == self.stood.activity,
+            heartbeats: self.watch.stalled(),
+            place: self.place(),
+        });
+        self.end.lost = Some("the guest hung and was ended".to_owned());
+        self.hung = true;
+        match &self.unanswered {
+            // The oracle has said so, and where.
+            Some(_) if violation.rule == Rule::FaultUnanswered => return,
+            Some(fault) => {
+                violation = violation.at(fault.address, None);
+                if let Some(context) = fault.context {
+                    violation = violation.on(Handle(context));
+                }
+                violation.summary.push_str("; meanwhile a fault waits for its answer");
+            }
+            None => {}
+        }
+        self.device.report(violation);
     }
 
     /// Looks at the clocks; true if the guest is to be ended.
@@ -355,10 +399,11 @@ impl<'a> Session<'a> {
             None => false,
             Some(Alarm::AskStacks) => {
                 self.stacks_from = self.console.count();
+                self.stood = self.device.standing();
                 self.events.event(Event::Note {
                     text: format!(
                         "no progress for {} heartbeats {}; the guest is asked for its stacks",
-                        self.limits.hang_heartbeats,
+                        self.watch.stalled(),
                         self.place()
                     ),
                 });
@@ -366,11 +411,7 @@ impl<'a> Session<'a> {
                 false
             }
             Some(Alarm::Hang) => {
-                let stacks = self.console.since(self.stacks_from);
-                let pending = self.device.interrupt_pending();
-                let violation = splats::hang(stacks, pending, self.limits.hang_heartbeats, &self.place());
-                self.end.lost = Some("the guest hung and was ended".to_owned());
-                self.device.report(violation);
+                self.hang();
                 true
             }
             Some(Alarm::Lost(text)) if self.watch.phase() == Phase::Boot || self.nmi => {

@@ -45,8 +45,8 @@ impl DeviceSide for Side {
     fn activity(&self) -> u64 {
         self.activity.load(Ordering::Relaxed)
     }
-    fn interrupt_pending(&self) -> bool {
-        false
+    fn standing(&self) -> Standing {
+        Standing { activity: self.activity(), ..Standing::default() }
     }
     fn request(&self, bits: u32) {
         self.requested.fetch_or(u64::from(bits), Ordering::Relaxed);
@@ -62,6 +62,7 @@ const LIMITS: Limits = Limits {
     boot_talking: Duration::from_secs(10),
     no_heartbeat: Duration::from_secs(5),
     hang_heartbeats: 10,
+    suspect_heartbeats: 5,
     stack_heartbeats: 3,
     violation_heartbeats: Some(5),
 };
@@ -195,6 +196,28 @@ fn a_hang_is_shown_with_stacks() {
     assert!(violations[0].summary.contains("in access") && violations[0].summary.contains("agent"));
     assert!(violations[0].events.iter().any(|line| line.contains("down_write")));
     assert!(end.lost.is_some());
+}
+
+#[test]
+fn a_hang_over_a_fault_names_its_place() {
+    let (_, violations, _) = follow(|guest| {
+        guest.boot();
+        guest.say(Message::WorkloadStart { workload: "access".into(), seed: 1 });
+        for beat in 1..30 {
+            std::thread::sleep(Duration::from_millis(50));
+            let _ = guest.inputs.send(Input::Heartbeat(beat));
+            if beat == 3 {
+                let fault = Violation::new(Rule::FaultUnanswered, "waits").at(Some(0x1000), None);
+                guest.violations.send(fault.on(Handle(7))).unwrap();
+            }
+            if beat == 7 {
+                guest.print("task:kworker state:D pid:31\r\n mutex_lock+0x1/0x2\r\n");
+            }
+        }
+    });
+    assert_eq!(violations.len(), 1);
+    assert_eq!((violations[0].rule, violations[0].address), (Rule::HangDeadlock, Some(0x1000)));
+    assert_eq!(violations[0].context, Some(7));
 }
 
 #[test]

@@ -61,35 +61,6 @@ pub fn meaning(splat: &Splat, modules: bool, complained: bool) -> Meaning {
     Meaning::Violation(violation)
 }
 
-/// What kind of hang the kernel's stacks show.
-///
-/// `pending` says that the device has an interrupt up that the driver enabled and never served.
-#[must_use]
-pub fn hang(stacks: Vec<String>, pending: bool, heartbeats: u64, at: &str) -> Violation {
-    let blocked: Vec<&str> = stacks.iter().filter_map(|line| blocked_task(line)).collect();
-    let interrupt_thread_blocked = blocked.iter().any(|task| task.starts_with("irq/"));
-    let (rule, what) = if pending && !interrupt_thread_blocked {
-        (Rule::HangLostInterrupt, "the device's interrupt is pending and nobody serves it".to_owned())
-    } else if !blocked.is_empty() {
-        let mut names = blocked.clone();
-        names.dedup();
-        names.truncate(6);
-        (Rule::HangDeadlock, format!("blocked: {}", names.join(", ")))
-    } else {
-        (Rule::HangLivelock, "no task is blocked".to_owned())
-    };
-    let mut violation = Violation::new(rule, format!("no progress for {heartbeats} heartbeats {at}: {what}"));
-    violation.events = stacks;
-    violation
-}
-
-/// The name of a task that the line says is blocked: `task:NAME state:D ...`.
-fn blocked_task(line: &str) -> Option<&str> {
-    let text = crate::console::lines::printk(line).map_or(line, |(_, text)| text);
-    let (name, rest) = text.strip_prefix("task:")?.split_once("state:")?;
-    rest.starts_with('D').then(|| name.trim_end())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -124,19 +95,5 @@ mod tests {
             "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000100",
         );
         assert!(matches!(meaning(&init, true, false), Meaning::Lost(_)));
-    }
-
-    #[test]
-    fn kinds_of_hangs() {
-        let blocked = "[   40.000001] task:agent           state:D stack:0     pid:88    tgid:88";
-        let thread = "[   40.000001] task:irq/24-hmm_vgpu state:D stack:0     pid:50";
-        let idle = "[   40.000001] task:kthreadd        state:S stack:0     pid:2";
-        let lines = |lines: &[&str]| lines.iter().map(|&line| line.to_owned()).collect::<Vec<_>>();
-        assert_eq!(hang(lines(&[blocked, idle]), false, 300, "in access").rule, Rule::HangDeadlock);
-        assert_eq!(hang(lines(&[blocked]), true, 300, "in access").rule, Rule::HangLostInterrupt);
-        assert_eq!(hang(lines(&[blocked, thread]), true, 300, "in access").rule, Rule::HangDeadlock);
-        assert_eq!(hang(lines(&[idle]), false, 300, "in access").rule, Rule::HangLivelock);
-        assert_eq!(hang(vec![], true, 300, "in access").rule, Rule::HangLostInterrupt);
-        assert!(hang(lines(&[blocked]), false, 300, "in access").summary.contains("agent"));
     }
 }

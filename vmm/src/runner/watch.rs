@@ -21,6 +21,8 @@ pub struct Limits {
     pub no_heartbeat: Duration,
     /// Heartbeats without progress.
     pub hang_heartbeats: u64,
+    /// The same, once there is a reason to suspect a hang.
+    pub suspect_heartbeats: u64,
     /// Heartbeats given to the guest to print its stacks.
     pub stack_heartbeats: u64,
     /// Heartbeats that a run goes on after its first violation; `None` is to its end. A broken driver may make every
@@ -36,6 +38,7 @@ impl Default for Limits {
             boot_talking: Duration::from_secs(600),
             no_heartbeat: Duration::from_secs(300),
             hang_heartbeats: 300,
+            suspect_heartbeats: 50,
             stack_heartbeats: 20,
             violation_heartbeats: Some(100),
         }
@@ -78,6 +81,7 @@ pub struct Watch {
     heartbeat: u64,
     progress_at: u64,
     asked_at: Option<u64>,
+    suspected: bool,
     phase: Phase,
     driver_pending: bool,
     workloads_left: usize,
@@ -99,6 +103,7 @@ impl Watch {
             heartbeat: 0,
             progress_at: 0,
             asked_at: None,
+            suspected: false,
             phase: Phase::Boot,
             driver_pending: plan.load_driver,
             workloads_left: plan.workloads.len(),
@@ -141,6 +146,7 @@ impl Watch {
         self.message = now;
         self.progress_at = self.heartbeat;
         self.asked_at = None;
+        self.suspected = false;
         match message {
             Message::ModuleLoaded { module } if module.contains("driver") => self.driver_pending = false,
             Message::WorkloadEnd { .. } => self.workloads_left = self.workloads_left.saturating_sub(1),
@@ -153,6 +159,23 @@ impl Watch {
             _ if self.workloads_left == 0 && !self.driver_pending && users => Phase::Free,
             _ => Phase::Work,
         };
+    }
+
+    /// Something was found that is likely to go with a hang: less patience, until the next message.
+    pub fn suspect(&mut self) {
+        self.suspected = true;
+    }
+
+    /// Heartbeats without progress so far.
+    #[must_use]
+    pub fn stalled(&self) -> u64 {
+        self.heartbeat.saturating_sub(self.progress_at)
+    }
+
+    /// The guest was asked for its stacks, and its time to answer is not over.
+    #[must_use]
+    pub fn asked(&self) -> bool {
+        self.asked_at.is_some()
     }
 
     /// The host stood still for `gap`: nothing of that is the guest's.
@@ -229,8 +252,9 @@ impl Watch {
         if self.phase != Phase::Work {
             return None;
         }
+        let patience = if self.suspected { limits.suspect_heartbeats } else { limits.hang_heartbeats };
         match self.asked_at {
-            None if self.heartbeat.saturating_sub(self.progress_at) >= limits.hang_heartbeats => {
+            None if self.stalled() >= patience => {
                 self.asked_at = Some(self.heartbeat);
                 Some(Alarm::AskStacks)
             }
@@ -333,6 +357,17 @@ mod tests {
         let mut clock = Clock::new(|_| {});
         clock.boot();
         assert_eq!(clock.beats(31), Some(Alarm::AskStacks));
+        clock.say(&Message::Progress { workload: "access".into(), done: 1, total: None });
+        assert_eq!(clock.beats(29), None);
+    }
+
+    #[test]
+    fn a_suspicion_shortens_patience_until_the_next_message() {
+        let mut clock = Clock::new(|_| {});
+        clock.boot();
+        assert_eq!(clock.beats(10), None);
+        clock.watch.suspect();
+        assert_eq!(clock.beats(1), Some(Alarm::AskStacks));
         clock.say(&Message::Progress { workload: "access".into(), done: 1, total: None });
         assert_eq!(clock.beats(29), None);
     }

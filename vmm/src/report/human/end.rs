@@ -10,6 +10,8 @@ use crate::report::results::{Results, Verdict, ViolationRecord, WorkloadOutcome}
 const MAX_SHOWN: usize = 5;
 /// Events shown of each.
 const MAX_EVENTS: usize = 24;
+/// Lines shown of what the kernel printed: the stacks of two tasks belong together.
+const MAX_LINES: usize = 100;
 
 type Paint<'a> = &'a dyn Fn(Tone, &str) -> String;
 
@@ -138,13 +140,16 @@ fn show(text: &mut String, number: usize, of: usize, violation: &ViolationRecord
     row("workload", violation.workload.clone());
     row("seen", (violation.count > 1).then(|| format!("{} times", violation.count)));
     if !violation.events.is_empty() {
-        let _ = writeln!(text, "  last events:");
+        let printed = violation.rule.starts_with("hang/") || violation.rule.starts_with("kernel/");
+        let (head, max) =
+            if printed { ("the kernel printed", MAX_LINES) } else { ("last events", MAX_EVENTS) };
+        let _ = writeln!(text, "  {head}:");
         // Of a console block the beginning tells most, of the device's events the end; both are short enough as a rule.
-        for line in violation.events.iter().take(MAX_EVENTS) {
+        for line in violation.events.iter().take(max) {
             let _ = writeln!(text, "    {line}");
         }
-        if violation.events.len() > MAX_EVENTS {
-            let _ = writeln!(text, "    ({} more in results.json)", violation.events.len() - MAX_EVENTS);
+        if violation.events.len() > max {
+            let _ = writeln!(text, "    ({} more in results.json)", violation.events.len() - max);
         }
     }
     if let Some(replay) = &violation.replay {

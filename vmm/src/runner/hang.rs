@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Why a guest that lives gets nothing done: from the stacks it printed and from what the device stands at.
+//!
+//! The stacks are those of blocked tasks (sysrq w), of CPUs that are not idle (sysrq l), and of tasks that could run (the
+//! witness). They are one look at one moment; what the device did meanwhile says the rest.
+
+use vgpu::oracle::{Rule, Violation};
+
+use crate::console::lines::printk;
+
+/// What the device stands at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// A number that changes when the device does anything.
+    pub activity: u64,
+    /// Accesses parked by a fault.
+    pub faults_parked: u64,
+    /// Entries of the fault buffer that the driver has not taken.
+    pub faults_untaken: u64,
+    /// Interrupts sent so far.
+    pub interrupts: u64,
+}
+
+/// What is known of a hang.
+#[derive(Clone, Debug)]
+pub struct Clues {
+    /// What the guest printed when it was asked.
+    pub stacks: Vec<String>,
+    /// What the device stands at.
+    pub standing: Standing,
+    /// It has done nothing since the guest was asked.
+    pub still: bool,
+    /// Heartbeats without progress.
+    pub heartbeats: u64,
+    /// Where in the plan, such as `in access`.
+    pub place: String,
+}
+
+/// Functions in which a task waits for what another has to let go, or to end.
+const LOCKS: &[&str] = &[
+    "mutex_lock",
+    "rwsem_down",
+    "down_read",
+    "down_write",
+    "rt_mutex",
+    "rwbase_",
+    "percpu_rwsem",
+    "percpu_down",
+    "spin_lock_slowpath",
+    "_raw_spin_lock",
+    "write_lock",
+    "read_lock",
+    "folio_lock",
+    "folio_wait",
+    "lock_page",
+    "mmu_interval_read_begin",
+    "mmu_interval_notifier_remove",
+    "mmu_notifier_unregister",
+    "synchronize_",
+    "rcu_barrier",
+    "flush_work",
+    "cancel_work",
+    "drain_workqueue",
+    "kthread_stop",
+    "kthread_flush",
+];
+
+/// Lines of one task kept at most: a recursion has no end.
+const MAX_FRAMES: usize = 40;
+/// Tasks named in a summary.
+const MAX_NAMED: usize = 4;
+
+/// A task in the dump.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Task {
+    name: String,
+    pid: String,
+    blocked: bool,
+    running: bool,
+    /// `function+0x1/0x2 [module]`, innermost first.
+    frames: Vec<String>,
+    /// What a report shows of it.
+    lines: Vec<String>,
+}
+
+impl Task {
+    /// The innermost frame that waits for a lock, and where in the frames it is.
+    fn lock(&self) -> Option<usize> {
+        self.frames.iter().position(|frame| LOCKS.iter().any(|lock| function(frame).contains(lock)))
+    }
+
+    /// Whether it is at work in a module or in what drivers mirror with, and not only on the CPU by chance.
+    fn at_work(&self) -> bool {
+        let concerns = |frame: &String| {
+            frame.ends_with(']')
+                || ["hmm_", "mmu_interval", "mmu_notifier"].iter().any(|f| frame.starts_with(f))
+        };
+        self.running && self.name != "hmm_witness" && self.frames.iter().any(concerns)
+    }
+
+    /// For a sentence: who, in what, for whom.
+    fn told(&self) -> String {
+        let name = format!("{} (pid {})", self.name, self.pid);
+        let inner = self.lock().or_else(|| {
+            let outside = |f: &String| !["__schedule", "schedule"].iter().any(|s| function(f).starts_with(s));
+            self.frames.iter().position(outside)
+        });
+        let Some(inner) = inner else { return name };
+        let rest = &self.frames[inner..];
+        let caller = rest.iter().skip(1).find(|frame| frame.ends_with(']'));
+        let module = |frame: &str| frame.rfind(" [").map_or(String::new(), |at| frame[at..].to_owned());
+        let at = format!("{}{}", function(&rest[0]), module(&rest[0]));
+        match caller {
+            Some(frame) => format!("{name} in {at}, from {}{}", function(frame), module(frame)),
+            None => format!("{name} in {at}"),
+        }
+    }
+}
+
+fn function(frame: &str) -> &str {
+    frame.split('+').next().unwrap_or(frame)
+}
+
+/// A stack line's frame, if it is one and no guess.
+fn frame(text: &str) -> Option<&str> {
+    let text = text.trim();
+    let (name, rest) = text.split_once("+0x")?;
+    let plain = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "_.$".contains(c));
+    (plain && rest.contains("/0x")).then_some(text)
+}
+
+fn word_after<'a>(text: &'a str, mark: &str) -> Option<&'a str> {
+    text.split_once(mark)?.1.split_whitespace().next()
+}
+
+/// The tasks that a dump shows, without those that idle.
+fn tasks(stacks: &[String]) -> Vec<Task> {
+    let mut tasks: Vec<Task> = Vec::new();
+    let mut open = false;
+    for line in stacks {
+        let text = printk(line).map_or(line.as_str(), |(_, text)| text).trim_end();
+        if let Some((name, rest)) = text.strip_prefix("task:").and_then(|text| text.split_once("state:")) {
+            open = true;
+            tasks.push(Task {
+                name: name.trim().to_owned(),
+                pid: word_after(rest, "pid:").unwrap_or("?").to_owned(),
+                blocked: rest.starts_with('D'),
+                running: rest.starts_with('R'),
+                frames: Vec::new(),
+                lines: vec![text.to_owned()],
+            });
+        } else if text.starts_with("NMI backtrace for cpu") {
+            open = !text.contains("skipped");
+            if open {
+                let lines = vec![text.to_owned()];
+                tasks.push(Task { running: true, lines, ..Task::default() });
+            }
+        } else if text.starts_with("sysrq:") || text.starts_with("Sending NMI from") {
+            open = false;
+        } else if let Some(task) = tasks.last_mut().filter(|_| open) {
+            task.line(text);
+        }
+    }
+    // A CPU's task may stand in the list of those that can run as well; the CPU's own stack is the better one.
+    let mut once: Vec<Task> = Vec::new();
+    for task in tasks {
+        match once.iter_mut().find(|known| known.pid == task.pid) {
+            Some(known) if known.frames.len() < task.frames.len() => *known = task,
+            Some(_) => {}
+            None => once.push(task),
+        }
+    }
+    once
+}
+
+impl Task {
+    /// Takes a line of its block.
+    fn line(&mut self, text: &str) {
+        if let Some(name) = word_after(text, "Comm:").filter(|_| text.starts_with("CPU:")) {
+            self.name = name.to_owned();
+            self.pid = word_after(text, "PID:").unwrap_or("?").to_owned();
+            self.lines.push(text.to_owned());
+        } else if text.starts_with("Workqueue:") {
+            self.lines.push(text.to_owned());
+        } else if let Some(frame) = text.strip_prefix("RIP: ").and_then(|rip| frame(rip.split_once(':')?.1)) {
+            self.push(frame);
+        } else if let Some(frame) = frame(text) {
+            self.push(frame);
+        }
+    }
+
+    fn push(&mut self, frame: &str) {
+        if self.frames.len() < MAX_FRAMES {
+            self.frames.push(frame.to_owned());
+            self.lines.push(format!("  {frame}"));
+        }
+    }
+}
+
+fn told(tasks: &[&Task]) -> String {
+    let named: Vec<String> = tasks.iter().take(MAX_NAMED).map(|task| task.told()).collect();
+    let more = tasks.len().saturating_sub(MAX_NAMED);
+    let more = if more > 0 { format!("; and {more} more") } else { String::new() };
+    format!("{}{more}", named.join("; "))
+}
+
+/// What kind of hang it is, and the stacks that show it.
+///
+/// Who waits for a lock outranks everything, for others may just wait for those. Then comes who works without end. Only if
+/// neither is there it is a matter of news that nobody took: then the device stands still.
+#[must_use]
+pub fn judge(clues: &Clues) -> Violation {
+    let all = tasks(&clues.stacks);
+    let blocked: Vec<&Task> = all.iter().filter(|task| task.blocked).collect();
+    let locked: Vec<&Task> =
+        all.iter().filter(|task| task.lock().is_some() && (task.blocked || task.at_work())).collect();
+    let busy: Vec<&Task> = all.iter().filter(|task| task.at_work()).collect();
+    let Standing { faults_parked: parked, faults_untaken: untaken, interrupts, .. } = clues.standing;
+    let (rule, what) = if !locked.is_empty() {
+        (Rule::HangDeadlock, format!("blocked: {}", told(&locked)))
+    } else if !busy.is_empty() {
+        (Rule::HangLivelock, format!("no task waits for a lock; at work without end: {}", told(&busy)))
+    } else if clues.still && parked == 0 {
+        let text = format!(
+            "the device has done all it was given and sent {interrupts} interrupts, no task is at work, and whoever waits was not told"
+        );
+        (Rule::HangLostInterrupt, text)
+    } else if clues.still && untaken > 0 {
+        let text = format!("{untaken} entries stand in the fault buffer and nobody takes them");
+        (Rule::HangLostInterrupt, text)
+    } else if clues.still {
+        let text = format!(
+            "{parked} faults were taken from the fault buffer and never answered; no task is at work on them"
+        );
+        (Rule::FaultUnanswered, text)
+    } else if !blocked.is_empty() {
+        (Rule::HangDeadlock, format!("blocked: {}", told(&blocked)))
+    } else {
+        (Rule::HangLivelock, "no task is blocked, and the device is kept busy".to_owned())
+    };
+    let text = format!("no progress for {} heartbeats {}: {what}", clues.heartbeats, clues.place);
+    let mut violation = Violation::new(rule, text);
+    let mut shown: Vec<&Task> = locked.clone();
+    for task in busy.iter().chain(&blocked) {
+        if !shown.contains(task) {
+            shown.push(task);
+        }
+    }
+    violation.events = shown.iter().flat_map(|task| task.lines.iter().cloned()).collect();
+    if violation.events.is_empty() {
+        violation.events = clues.stacks.clone();
+    }
+    violation
+}
+
+#[cfg(test)]
+#[path = "hang_test.rs"]
+mod tests;

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+use super::*;
+
+const INVERSION: &str = "\
+[   40.000001] sysrq: Show Blocked State
+[   40.000002] task:agent           state:D stack:0     pid:88    tgid:88    ppid:60     task_flags:0x400040 flags:0x00004002
+[   40.000003] Call Trace:
+[   40.000004]  <TASK>
+[   40.000005]  __schedule+0x4f0/0xb20
+[   40.000006]  ? guess+0x1/0x2
+[   40.000007]  schedule+0x27/0xf0
+[   40.000008]  __mutex_lock.constprop.0+0x3a0/0x6b0
+[   40.000009]  vgpu_mirror_invalidate+0x5a/0x120 [hmm_vgpu]
+[   40.000010]  __mmu_notifier_invalidate_range_start+0x1/0x2
+[   40.000011]  do_syscall_64+0x82/0x190
+[   40.000012]  </TASK>
+[   40.000013] task:kworker/u8:1    state:D stack:0     pid:31    tgid:31    ppid:2
+[   40.000014] Workqueue: hmm_vgpu_fault vgpu_fault_work [hmm_vgpu]
+[   40.000015] Call Trace:
+[   40.000016]  rwsem_down_read_slowpath+0x1/0x2
+[   40.000017]  vgpu_mirror_look+0x1/0x2 [hmm_vgpu]
+[   40.000018] sysrq: Show backtrace of all active CPUs
+[   40.000019] NMI backtrace for cpu 0
+[   40.000020] CPU: 0 UID: 0 PID: 62 Comm: hmm_witness Tainted: G           OE
+[   40.000021]  nmi_cpu_backtrace+0x1/0x2
+[   40.000022]  requests_act+0x1/0x2 [hmm_witness]
+[   40.000023] Sending NMI from CPU 0 to CPUs 1:
+[   40.000024] NMI backtrace for cpu 1 skipped: idling at default_idle+0xf/0x20";
+
+const SPINNING: &str = "\
+[   40.000018] sysrq: Show backtrace of all active CPUs
+[   40.000024] NMI backtrace for cpu 1
+[   40.000025] CPU: 1 UID: 0 PID: 31 Comm: kworker/u8:1 Tainted: G           OE
+[   40.000026] Workqueue: hmm_vgpu_fault vgpu_fault_work [hmm_vgpu]
+[   40.000027] RIP: 0010:hmm_range_fault+0x1f/0x120
+[   40.000028] RSP: 0018:ffffc90000123d58 EFLAGS: 00000246
+[   40.000029]  vgpu_mirror_fault+0x1/0x2 [hmm_vgpu]
+[   40.000030] task:kworker/u8:1    state:R  running task     stack:0     pid:31    tgid:31
+[   40.000031] task:pr/ttyS0        state:R  running task     stack:0     pid:19    tgid:19
+[   40.000032]  serial8250_console_write+0x1/0x2";
+
+fn clues(stacks: &str, still: bool, standing: Standing) -> Clues {
+    let stacks = stacks.lines().map(str::to_owned).collect();
+    Clues { stacks, standing, still, heartbeats: 300, place: "in access".into() }
+}
+
+fn standing(parked: u64, untaken: u64) -> Standing {
+    Standing { activity: 7, faults_parked: parked, faults_untaken: untaken, interrupts: 5 }
+}
+
+#[test]
+fn two_tasks_that_wait_for_each_other() {
+    let found = judge(&clues(INVERSION, true, standing(1, 0)));
+    assert_eq!(found.rule, Rule::HangDeadlock);
+    assert_eq!(
+        found.summary,
+        "no progress for 300 heartbeats in access: blocked: \
+         agent (pid 88) in __mutex_lock.constprop.0, from vgpu_mirror_invalidate [hmm_vgpu]; \
+         kworker/u8:1 (pid 31) in rwsem_down_read_slowpath, from vgpu_mirror_look [hmm_vgpu]"
+    );
+    let shown = found.events.join("\n");
+    assert!(shown.contains("  do_syscall_64+0x82/0x190") && shown.contains("Workqueue: hmm_vgpu_fault"));
+    for noise in ["guess", "hmm_witness", "idling", "TASK>"] {
+        assert!(!shown.contains(noise), "{noise} in\n{shown}");
+    }
+}
+
+#[test]
+fn one_that_goes_round_and_round() {
+    let found = judge(&clues(SPINNING, true, standing(1, 0)));
+    assert_eq!(found.rule, Rule::HangLivelock);
+    assert!(
+        found.summary.contains("kworker/u8:1 (pid 31) in hmm_range_fault, from vgpu_mirror_fault [hmm_vgpu]")
+    );
+    assert!(!found.events.join("\n").contains("ttyS0"));
+}
+
+#[test]
+fn a_spinning_lock_is_a_lock() {
+    let spinning = SPINNING.replace("hmm_range_fault", "native_queued_spin_lock_slowpath");
+    assert_eq!(judge(&clues(&spinning, true, standing(0, 0))).rule, Rule::HangDeadlock);
+}
+
+#[test]
+fn nobody_does_anything() {
+    let rule = |still, parked, untaken| judge(&clues("", still, standing(parked, untaken))).rule;
+    assert_eq!(rule(true, 0, 0), Rule::HangLostInterrupt);
+    assert_eq!(rule(true, 2, 1), Rule::HangLostInterrupt);
+    assert_eq!(rule(true, 2, 0), Rule::FaultUnanswered);
+    assert_eq!(rule(false, 0, 0), Rule::HangLivelock);
+}
+
+#[test]
+fn a_wait_that_cannot_be_interrupted_is_no_lock() {
+    let waits = "task:agent           state:D stack:0     pid:88    tgid:88\n wait_for_completion+0x1/0x2\n";
+    assert_eq!(judge(&clues(waits, true, standing(0, 0))).rule, Rule::HangLostInterrupt);
+    assert_eq!(judge(&clues(waits, false, standing(0, 0))).rule, Rule::HangDeadlock);
+}
+
+#[test]
+fn nonsense_is_no_trouble() {
+    for text in ["task:", "task:x state:", "NMI backtrace for cpu", "CPU: Comm:", " +0x/0x", "RIP: "] {
+        judge(&clues(text, true, standing(0, 0)));
+        judge(&clues(&format!("task:a state:D pid:1\n{text}"), true, standing(0, 0)));
+    }
+}
