@@ -79,7 +79,17 @@ fn lists() {
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
         assert!(json.as_array().unwrap().iter().any(|entry| entry["name"] == member), "{json}");
     }
-    for kind in ["scenarios", "inject", "gates", "mutants"] {
+    let (_, text, _) = run(&["list", "mutants"]);
+    assert!(
+        text.lines().any(|line| line.starts_with("lost-interrupt ") && line.contains("hang/lost-interrupt"))
+    );
+    let (status, json, _) = run(&["list", "mutants", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(status, Some(0));
+    assert!(
+        json.as_array().unwrap().iter().all(|entry| entry["rule"].is_string() && entry["path"].is_string())
+    );
+    for kind in ["scenarios", "inject", "gates"] {
         let (status, json, stderr) = run(&["list", kind, "--json"]);
         assert_eq!((status, json.trim()), (Some(0), "[]"));
         assert!(stderr.contains("none in this version"));

@@ -10,6 +10,7 @@ mod hash;
 mod kernel;
 mod modfile;
 mod modules;
+pub mod mutants;
 mod qemu;
 mod sandbox;
 mod source;

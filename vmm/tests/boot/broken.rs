@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Two deliberately broken drivers are caught, by the right rule, and the replay command finds them again.
+//! Deliberately broken drivers are caught, each by the right rule; for two of them the replay command finds it again.
 
-use crate::support::{machine, plain, repository, run};
+use crate::support::{machine, mutant, plain, repository, run};
 
 #[track_caller]
 fn caught(patch: &str, workloads: &[&str], rule: &str, has_address: bool) {
@@ -43,4 +43,44 @@ fn a_driver_that_skips_teardown_on_release_is_caught() {
 #[test]
 fn a_driver_that_touches_its_context_after_unregister_is_caught() {
     caught("touch-after-unregister.patch", &["unregister"], "unregister/touch", false);
+}
+
+/// One round of one workload is enough, the rule is the right one and no other, and it is known where.
+#[track_caller]
+fn caught_once(name: &str, workload: &str, rule: &str, has_address: bool) {
+    let _one = machine();
+    let finished = run([workload, "--patch", &mutant(name), "--seed", "7", "--iterations", "1"]);
+    finished.expect_status(1).expect_said(rule).expect_said("verdict: violation");
+    for violation in finished.violations() {
+        assert_eq!(violation["rule"], rule, "{violation}");
+    }
+    let violation = finished.violation(rule);
+    assert!(violation["context"].is_u64(), "{violation}");
+    assert!(!has_address || violation["address"].as_u64().is_some_and(|address| address != 0), "{violation}");
+    assert!(violation["events"].as_array().is_some_and(|events| !events.is_empty()), "{violation}");
+}
+
+#[test]
+fn a_driver_that_serves_faults_after_release_is_caught() {
+    caught_once("serve-after-release", "release", "fault/after-release", true);
+}
+
+#[test]
+fn a_driver_that_forgets_a_page_is_caught() {
+    caught_once("skip-a-page", "access", "data/mismatch", true);
+}
+
+#[test]
+fn a_driver_that_releases_twice_is_caught() {
+    caught_once("release-twice", "release", "release/twice", false);
+}
+
+#[test]
+fn a_driver_that_leaks_a_table_is_caught() {
+    caught_once("leak-a-table", "unregister", "unregister/leak", false);
+}
+
+#[test]
+fn a_driver_that_uses_a_table_it_has_returned_is_caught() {
+    caught_once("table-after-return", "unregister", "context/unknown-handle", false);
 }

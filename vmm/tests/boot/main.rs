@@ -5,5 +5,7 @@
 mod bare;
 mod broken;
 mod clean;
+mod hang;
 mod lost;
+mod paths;
 mod support;

@@ -51,6 +51,13 @@ impl Finished {
             .unwrap_or_else(|| panic!("no counter {name} in {}", self.results["counters"]))
     }
 
+    /// The first violation of a rule.
+    #[track_caller]
+    pub(crate) fn violation(&self, rule: &str) -> &Value {
+        let found = self.violations().iter().find(|violation| violation["rule"] == rule);
+        found.unwrap_or_else(|| panic!("no {rule} in {:?}", self.violations()))
+    }
+
     pub(crate) fn violations(&self) -> &[Value] {
         self.results["violations"].as_array().map_or(&[], Vec::as_slice)
     }
@@ -70,6 +77,12 @@ pub(crate) fn binary() -> Command {
 
 pub(crate) fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The path of a patch in guest/mutants.
+pub(crate) fn mutant(name: &str) -> String {
+    let path = repository().join("guest/mutants").join(name).with_extension("patch");
+    path.to_str().expect("a UTF-8 path").to_owned()
 }
 
 /// Runs `hmm-testbench run` with `args` and an output folder of its own.
