@@ -3,6 +3,7 @@
 
 pub mod kvm;
 pub mod qemu;
+mod terminal;
 pub mod vfio_user;
 
 use std::fmt;

@@ -205,7 +205,9 @@ mod tests {
         assert!(matches!(back(&Frame::Interrupt), Frame::Interrupt));
         assert!(matches!(back(&Frame::Received), Frame::Received));
         assert!(matches!(back(&Frame::Log(vec![0, 255, 10])), Frame::Log(bytes) if bytes == [0, 255, 10]));
-        assert!(matches!(back(&Frame::Results(Box::new(sample()))), Frame::Results(read) if *read == sample()));
+        assert!(
+            matches!(back(&Frame::Results(Box::new(sample()))), Frame::Results(read) if *read == sample())
+        );
         let mut violation = Violation::new(Rule::ReleaseLate, "left");
         violation.address = Some(u64::MAX);
         let Frame::Event(event) = back(&Frame::Event(Box::new(InnerEvent::Violation { violation }))) else {

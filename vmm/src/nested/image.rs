@@ -167,7 +167,8 @@ fn add_modules(tree: &mut Initramfs, kernel: &Kernel) -> Result<Vec<PathBuf>> {
 ///
 /// Its libraries are those that its own loader names: they need not be the host's.
 fn add_qemu(tree: &mut Initramfs, qemu: &QemuProgram) -> Result<InsideQemu> {
-    let trouble = |what: String| Failure::environment(format!("QEMU cannot be put into the outer guest: {what}"));
+    let trouble =
+        |what: String| Failure::environment(format!("QEMU cannot be put into the outer guest: {what}"));
     let (loader, search, binary) = qemu.anatomy().map_err(trouble)?;
     let mut command = Command::new(&loader);
     if let Some(search) = &search {
@@ -211,8 +212,7 @@ fn libraries(list: &str) -> Vec<PathBuf> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path)
-        .map_err(|error| Failure::environment(format!("cannot read {}: {error}", path.display())))
+    fs::read(path).map_err(|error| Failure::environment(format!("cannot read {}: {error}", path.display())))
 }
 
 #[cfg(test)]

@@ -175,16 +175,14 @@ fn open_port() -> Result<File> {
 
 fn find_port(class: &Path) -> Option<PathBuf> {
     let mut ports = fs::read_dir(class).ok()?.flatten();
-    let ours = ports.find(|port| {
-        fs::read_to_string(port.path().join("name")).is_ok_and(|name| name.trim() == PORT)
-    })?;
+    let ours = ports
+        .find(|port| fs::read_to_string(port.path().join("name")).is_ok_and(|name| name.trim() == PORT))?;
     Some(Path::new("/dev").join(ours.file_name()))
 }
 
 /// Loads a module, which may be compressed.
 fn load(module: &Path) -> Result<()> {
-    let trouble =
-        |error: String| Failure::environment(format!("cannot load {}: {error}", module.display()));
+    let trouble = |error: String| Failure::environment(format!("cannot load {}: {error}", module.display()));
     let file = File::open(module).map_err(|error| trouble(error.to_string()))?;
     let flags = if module.extension().is_some_and(|end| end == "ko") { 0 } else { COMPRESSED_FILE };
     finit_module(&file, c"", ModuleInitFlags::from_bits_retain(flags))
@@ -254,8 +252,7 @@ fn release() -> String {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path)
-        .map_err(|error| Failure::environment(format!("cannot read {}: {error}", path.display())))
+    fs::read(path).map_err(|error| Failure::environment(format!("cannot read {}: {error}", path.display())))
 }
 
 #[cfg(test)]

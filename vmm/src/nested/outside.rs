@@ -327,10 +327,8 @@ impl Following<'_> {
                 if hello.version != VERSION {
                     return Err(Lost::Outer(format!("it speaks version {} of the frames", hello.version)));
                 }
-                self.outside.note(format!(
-                    "outer guest: PID 1 after {:.1} s",
-                    self.begin.elapsed().as_secs_f64()
-                ));
+                self.outside
+                    .note(format!("outer guest: PID 1 after {:.1} s", self.begin.elapsed().as_secs_f64()));
                 self.hello = Some(hello);
             }
             (Frame::Hello(_), true) => return out_of_turn("a second greeting"),

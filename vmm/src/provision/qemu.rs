@@ -68,7 +68,8 @@ impl QemuProgram {
     /// The folders in which it looks for firmware, in its own words.
     pub(crate) fn data_folders(&self) -> Vec<PathBuf> {
         let output = process::die_with_parent(self.command().args(["-L", "help"])).output();
-        let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        let text =
+            output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
         text.lines().map(PathBuf::from).filter(|dir| dir.is_dir()).collect()
     }
 

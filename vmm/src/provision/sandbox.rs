@@ -90,7 +90,10 @@ fn bubblewrap(kernel: &Kernel, shares: &Shares<'_>, script: &str) -> Result<Sand
 
 /// The failure of building for a kernel of which there is the image only.
 pub(super) fn nowhere(kernel: &Kernel) -> Failure {
-    Failure::environment(format!("no modules can be built for {}: there is its image only (a defect)", kernel.release))
+    Failure::environment(format!(
+        "no modules can be built for {}: there is its image only (a defect)",
+        kernel.release
+    ))
 }
 
 const PATH: &str = "/usr/bin:/usr/sbin:/bin:/sbin";

@@ -3,9 +3,9 @@
 
 use std::io::IsTerminal;
 
+use super::RunConfig;
 use crate::doctor;
 use crate::failure::{Failure, Result};
-use super::RunConfig;
 use crate::machine::Accel;
 use crate::nested;
 

@@ -92,8 +92,10 @@ impl RunConfig {
             return Err(Failure::usage("--shell needs the terminal: use it with --format human"));
         }
         if args.nested && args.accel == Some(AccelName::Tcg) {
-            return Err(Failure::usage("--nested runs the guest with KVM in an outer guest: --accel tcg contradicts it")
-                .remedy("leave out one of the two"));
+            return Err(Failure::usage(
+                "--nested runs the guest with KVM in an outer guest: --accel tcg contradicts it",
+            )
+            .remedy("leave out one of the two"));
         }
         if args.nested && args.shell {
             return Err(Failure::usage("--shell: a nested guest's console cannot be typed on")

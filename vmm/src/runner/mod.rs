@@ -17,22 +17,24 @@ pub mod story;
 pub mod verdict;
 pub mod watch;
 
-use std::sync::Arc;
 use std::fs::File;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::sync_channel;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use vgpu::gpu::GpuConfig;
 use guest_protocol::Plan;
+use vgpu::gpu::GpuConfig;
 use vgpu::oracle::{Oracle, Violation};
 
 pub use config::RunConfig;
 
+use crate::cli::MachineName;
 use crate::console::Console;
 use crate::event::{Event, EventSink};
 use crate::failure::{Failure, FailureKind, Result};
-use crate::machine::{Accel, MachineConfig, qemu};
+use crate::machine::kvm::KvmOptions;
+use crate::machine::{Accel, MachineConfig, kvm, qemu};
 use crate::nested::outside::Outside;
 use crate::report::out::OutDir;
 use crate::report::results::{ErrorRecord, Results, SCHEMA_VERSION, Verdict, ViolationRecord};
@@ -112,17 +114,16 @@ fn make(
         parts.qemu.version, parts.qemu.origin, parts.kernel.release, parts.kernel.name
     ));
     let initramfs = parts::initramfs(config, &parts, &plan)?;
-    let log = out.map(OutDir::console_log).transpose()?;
     if config.nested {
         let outside = Outside { config, parts: &parts, plan: &plan, events, interrupted, out };
         return outside.run(initramfs, results);
     }
-
+    let log = out.map(OutDir::console_log).transpose()?;
     let limits = Limits::default();
     let given = Boot { parts: &parts, plan: &plan, initramfs, log, limits, accel: accel.accel };
     follow(config, given, events.as_ref(), interrupted, results)
 }
-    let (queue, inputs) = sync_channel(QUEUE);
+
 /// Makes a run in an outer guest, from parts that lie there. Whatever happens, everything it started has ended when it returns.
 pub(crate) fn run_inside(
     config: &RunConfig,
@@ -173,6 +174,7 @@ fn follow(
     results: &mut Results,
 ) -> Result<()> {
     let Boot { parts, plan, initramfs, log, limits, accel } = boot;
+    let (queue, inputs) = sync_channel(QUEUE);
     let line = GuestLine::new(queue.clone());
     let size = GpuConfig::default();
     let oracle = Device::oracle(config.oracle, &size);
@@ -209,23 +211,26 @@ fn start_machine(
     accel: Accel,
     queue: std::sync::mpsc::SyncSender<Input>,
 ) -> Result<Box<dyn crate::machine::Machine>> {
-    qemu::start(
-        &parts.qemu,
-        MachineConfig {
-            kernel: parts.kernel.image.clone(),
-            initramfs,
-            cmdline: plan::cmdline(config.append.as_deref()),
-            cpus: config.cpus,
-            memory_bytes: config.memory_bytes,
-            accel,
-            functions: device.functions(),
-            console: Box::new(move |bytes| {
-                // The session has ended: nobody wants it.
-                let _ = queue.send(Input::Console(bytes.to_vec()));
-            }),
-            interactive: config.shell,
-        },
-    )
+    let machine = MachineConfig {
+        kernel: parts.kernel.image.clone(),
+        initramfs,
+        cmdline: plan::cmdline(config.append.as_deref()),
+        cpus: config.cpus,
+        memory_bytes: config.memory_bytes,
+        accel,
+        functions: device.functions(),
+        console: Box::new(move |bytes| {
+            // The session has ended: nobody wants it.
+            let _ = queue.send(Input::Console(bytes.to_vec()));
+        }),
+        interactive: config.shell,
+    };
+    match config.machine {
+        MachineName::Qemu => qemu::start(&parts.qemu, machine),
+        MachineName::Kvm => {
+            kvm::start(KvmOptions { emulated_svm: config.nested, ..KvmOptions::default() }, machine)
+        }
+    }
 }
 
 /// Everything that has seen something.
@@ -243,7 +248,6 @@ fn conclude(config: &RunConfig, results: &mut Results, end: &End, seen: &Seen<'_
     let why = match (&end.lost, &end.story.fatal) {
         _ if end.interrupted => "interrupted".to_owned(),
         (_, Some(_)) => "the guest could not go on".to_owned(),
-        (Some(lost), None) if lost.contains("hung") => "the guest hung".to_owned(),
         (Some(_), None) => "guest died".to_owned(),
         (None, None) => "the guest did not say that it ended".to_owned(),
     };

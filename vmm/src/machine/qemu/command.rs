@@ -53,7 +53,11 @@ pub(super) fn arguments(parts: &Parts<'_>) -> Vec<OsString> {
         Accel::Kvm => ("kvm", "host", parts.cpus.to_string()),
         // With a single possible processor the translator leaves atomic instructions out, and then the device's threads and
         // the guest are not atomic to each other. So there is always room for a second one.
-        Accel::Tcg => ("tcg,thread=multi", if parts.port.is_some() { OUTER_CPU } else { "max" }, format!("{},maxcpus={}", parts.cpus, parts.cpus.max(2))),
+        Accel::Tcg => (
+            "tcg,thread=multi",
+            if parts.port.is_some() { OUTER_CPU } else { "max" },
+            format!("{},maxcpus={}", parts.cpus, parts.cpus.max(2)),
+        ),
     };
     // The kernel counts timer interrupts against busy loops, and on a loaded host a translated guest fails that check and hangs.
     // Under KVM it leaves the check out by itself.

@@ -8,7 +8,6 @@ mod child;
 mod command;
 mod monitor;
 mod rendezvous;
-mod terminal;
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -22,7 +21,7 @@ use qapi::qmp::inject_nmi;
 use self::child::Process;
 use self::monitor::{Monitor, Story};
 use self::rendezvous::Rendezvous;
-use self::terminal::Terminal;
+use super::terminal::Terminal;
 use super::vfio_user::{Connection, Server};
 use super::{ConsoleSink, Machine, MachineConfig, MachineExit};
 use crate::failure::{Failure, Result};

@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Message-signalled interrupts: vectors as event file descriptors that KVM routes.
+//!
+//! Raising takes no lock and never blocks. Locks, in order: [`Messages::setup`], then [`Routes::table`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering::SeqCst};
+
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_irqchip, kvm_irq_routing_msi,
+};
+use kvm_ioctls::VmFd;
+use nix::libc::EFD_CLOEXEC;
+use parking_lot::Mutex;
+use vgpu::function::InterruptSink;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::msi::{MsiSetup, MsixTable};
+
+/// Pins of the I/O interrupt controller, which are the first interrupt numbers.
+const PINS: u32 = 24;
+/// Pins of the two old controllers.
+const OLD_PINS: u32 = 16;
+/// Interrupt numbers in all, a quarter of what KVM has.
+const NUMBERS: u32 = 1024;
+
+/// What an interrupt is to the processors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Message {
+    pub(super) address: u64,
+    pub(super) data: u32,
+}
+
+/// KVM's table from interrupt numbers to pins and messages.
+pub(super) struct Routes {
+    vm: Arc<VmFd>,
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    used: BTreeSet<u32>,
+    messages: BTreeMap<u32, Message>,
+}
+
+impl Routes {
+    pub(super) fn new(vm: Arc<VmFd>) -> Arc<Self> {
+        Arc::new(Self { vm, table: Mutex::default() })
+    }
+
+    fn allocate(&self) -> io::Result<u32> {
+        let mut table = self.table.lock();
+        let number = (PINS..NUMBERS).find(|number| !table.used.contains(number));
+        let number = number.ok_or_else(|| io::Error::other("no interrupt number is left"))?;
+        table.used.insert(number);
+        Ok(number)
+    }
+
+    fn free(&self, number: u32) {
+        let mut table = self.table.lock();
+        table.used.remove(&number);
+        if table.messages.remove(&number).is_some() {
+            // An old route of a number that nothing signals is harmless.
+            let _ = self.install(&table);
+        }
+    }
+
+    fn set(&self, number: u32, message: Message) -> io::Result<()> {
+        let mut table = self.table.lock();
+        if table.messages.insert(number, message) == Some(message) {
+            return Ok(());
+        }
+        self.install(&table)
+    }
+
+    fn install(&self, table: &Table) -> io::Result<()> {
+        let pin = |gsi, irqchip, pin| kvm_irq_routing_entry {
+            gsi,
+            type_: KVM_IRQ_ROUTING_IRQCHIP,
+            u: kvm_irq_routing_entry__bindgen_ty_1 { irqchip: kvm_irq_routing_irqchip { irqchip, pin } },
+            ..Default::default()
+        };
+        let mut entries = Vec::with_capacity((PINS + OLD_PINS) as usize + table.messages.len());
+        for number in 0..OLD_PINS {
+            let chip = if number < 8 { KVM_IRQCHIP_PIC_MASTER } else { KVM_IRQCHIP_PIC_SLAVE };
+            entries.push(pin(number, chip, number % 8));
+        }
+        entries.extend((0..PINS).map(|number| pin(number, KVM_IRQCHIP_IOAPIC, number)));
+        entries.extend(table.messages.iter().map(|(&gsi, message)| {
+            let mut msi = kvm_irq_routing_msi {
+                address_lo: message.address as u32,
+                address_hi: (message.address >> 32) as u32,
+                data: message.data,
+                ..Default::default()
+            };
+            msi.__bindgen_anon_1.pad = 0;
+            kvm_irq_routing_entry {
+                gsi,
+                type_: KVM_IRQ_ROUTING_MSI,
+                u: kvm_irq_routing_entry__bindgen_ty_1 { msi },
+                ..Default::default()
+            }
+        }));
+        let routing =
+            KvmIrqRouting::from_entries(&entries).map_err(|_| io::Error::other("too many routes"))?;
+        self.vm.set_gsi_routing(&routing).map_err(io::Error::from)
+    }
+}
+
+/// One vector: signalled by whoever raises it, routed by KVM.
+struct Vector {
+    event: EventFd,
+    number: u32,
+    /// Raised vectors stay pending while this is set.
+    masked: AtomicBool,
+    pending: AtomicBool,
+}
+
+impl Vector {
+    fn raise(&self) {
+        if self.masked.load(SeqCst) {
+            self.pending.store(true, SeqCst);
+            // Unmasked between the two: whoever takes the pending bit signals.
+            if self.masked.load(SeqCst) || !self.pending.swap(false, SeqCst) {
+                return;
+            }
+        }
+        // The only failure is a counter at its end, and then KVM has yet to see the earlier signals.
+        let _ = self.event.write(1);
+    }
+
+    fn unmask(&self) {
+        self.masked.store(false, SeqCst);
+        if self.pending.swap(false, SeqCst) {
+            let _ = self.event.write(1);
+        }
+    }
+
+    fn mask(&self) {
+        self.masked.store(true, SeqCst);
+    }
+}
+
+/// How the guest has set a function's interrupts up.
+struct Setup {
+    msi: MsiSetup,
+    table: MsixTable,
+}
+
+/// The interrupts of one function.
+pub(super) struct Messages {
+    vm: Arc<VmFd>,
+    routes: Arc<Routes>,
+    vectors: Vec<Vector>,
+    /// Held while vectors are set up, never while the function is called.
+    setup: Mutex<Setup>,
+    /// How many vectors are in use: 0 off; a vector raised beyond them is sent as the remainder if `folds` (MSI).
+    used: AtomicU16,
+    folds: AtomicBool,
+}
+
+impl Messages {
+    /// For a function that raises so many vectors.
+    pub(super) fn new(vm: &Arc<VmFd>, routes: &Arc<Routes>, vectors: u16) -> io::Result<Arc<Self>> {
+        let mut messages = Self {
+            vm: Arc::clone(vm),
+            routes: Arc::clone(routes),
+            vectors: Vec::new(),
+            setup: Mutex::new(Setup { msi: MsiSetup::default(), table: MsixTable::new(vectors) }),
+            used: AtomicU16::new(0),
+            folds: AtomicBool::new(false),
+        };
+        for _ in 0..vectors {
+            let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+            let number = routes.allocate()?;
+            if let Err(error) = vm.register_irqfd(&event, number) {
+                routes.free(number);
+                return Err(error.into());
+            }
+            messages.vectors.push(Vector {
+                event,
+                number,
+                masked: AtomicBool::new(true),
+                pending: AtomicBool::new(false),
+            });
+        }
+        Ok(Arc::new(messages))
+    }
+
+    /// The guest has changed MSI, MSI-X or bus mastering in configuration space.
+    pub(super) fn configure(&self, msi: MsiSetup) {
+        let mut setup = self.setup.lock();
+        if setup.msi != msi {
+            setup.msi = msi;
+            self.apply(&setup);
+        }
+    }
+
+    /// The function was reset: its table is as at power-on.
+    pub(super) fn reset_table(&self) {
+        let mut setup = self.setup.lock();
+        setup.table.reset();
+        self.apply(&setup);
+    }
+
+    /// Reads the table or, with `pending`, the pending bits.
+    pub(super) fn table_read(&self, pending: bool, offset: u64, data: &mut [u8]) {
+        if pending {
+            for (i, byte) in data.iter_mut().enumerate() {
+                let first = usize::try_from(offset).ok().and_then(|at| at.checked_add(i)?.checked_mul(8));
+                *byte = first.map_or(0, |first| self.pending_bits(first) as u8);
+            }
+        } else {
+            self.setup.lock().table.read(offset, data);
+        }
+    }
+
+    /// Writes the table.
+    pub(super) fn table_write(&self, offset: u64, data: &[u8]) {
+        let mut setup = self.setup.lock();
+        if setup.table.write(offset, data) {
+            self.apply(&setup);
+        }
+    }
+
+    /// Pending bits of up to 32 vectors from `first` on.
+    pub(super) fn pending_bits(&self, first: usize) -> u32 {
+        let from = self.vectors.get(first..).unwrap_or_default().iter().take(32);
+        from.enumerate().fold(0, |bits, (i, v)| bits | u32::from(v.pending.load(SeqCst)) << i)
+    }
+
+    /// Raises each vector whose bit is set.
+    pub(super) fn raise_all(&self, bits: u32) {
+        (0..32).filter(|vector| bits & 1 << vector != 0).for_each(|vector| self.raise(vector));
+    }
+
+    fn apply(&self, setup: &Setup) {
+        let Setup { msi, table } = setup;
+        let used = msi.vectors().min(self.vectors.len() as u16);
+        if used == 0 {
+            self.used.store(0, SeqCst);
+            for vector in &self.vectors {
+                vector.mask();
+                vector.pending.store(false, SeqCst);
+            }
+            return;
+        }
+        for (index, vector) in (0..used).zip(&self.vectors) {
+            match msi.message(index, table) {
+                // A message that KVM does not take is one that no processor would have got.
+                Some(message) if self.routes.set(vector.number, message).is_ok() => vector.unmask(),
+                _ => vector.mask(),
+            }
+        }
+        self.folds.store(msi.folds(), SeqCst);
+        self.used.store(used, SeqCst);
+    }
+}
+
+impl InterruptSink for Messages {
+    fn raise(&self, vector: u16) {
+        let used = self.used.load(SeqCst);
+        let folded = if self.folds.load(SeqCst) { vector.checked_rem(used) } else { Some(vector) };
+        let Some(index) = folded.filter(|index| *index < used) else { return };
+        if let Some(vector) = self.vectors.get(usize::from(index)) {
+            vector.raise();
+        }
+    }
+}
+
+impl Drop for Messages {
+    fn drop(&mut self) {
+        for vector in &self.vectors {
+            let _ = self.vm.unregister_irqfd(&vector.event, vector.number);
+            self.routes.free(vector.number);
+        }
+    }
+}

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What system calls the machine's threads keep. A thread that makes another one ends the process: it is no longer ours.
+
+use std::collections::BTreeMap;
+
+use nix::libc;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
+
+use crate::failure::{Failure, Result};
+
+/// Memory, waiting, time, ending, and signals: what every thread of a Rust program may need.
+const COMMON: &[libc::c_long] = &[
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_madvise,
+    libc::SYS_mmap,
+    libc::SYS_mprotect,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_nanosleep,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_sigaltstack,
+    libc::SYS_tgkill,
+    libc::SYS_write,
+];
+/// What a processor asks of KVM while it runs, when the guest moves BARs or sets interrupts up, and when it has failed.
+const KVM_CALLS: &[u64] =
+    &[KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS, KVM_SET_GSI_ROUTING, KVM_SET_MEMORY, KVM_IRQFD];
+const KVM_RUN: u64 = 0xae80;
+const KVM_GET_REGS: u64 = 0x8090_ae81;
+const KVM_GET_SREGS: u64 = 0x8138_ae83;
+const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
+const KVM_SET_MEMORY: u64 = 0x4020_ae46;
+const KVM_IRQFD: u64 = 0x4020_ae76;
+
+/// The filters, ready to be put on threads.
+#[derive(Clone, Default)]
+pub(super) struct Filters {
+    /// Of a processor.
+    pub(super) vcpu: BpfProgram,
+    /// Of a thread that carries the console's bytes.
+    pub(super) console: BpfProgram,
+}
+
+impl Filters {
+    /// Makes them; empty ones, which filter nothing, if they are not wanted.
+    pub(super) fn new(wanted: bool) -> Result<Self> {
+        if !wanted {
+            return Ok(Self::default());
+        }
+        let fail = |error: seccompiler::BackendError| {
+            Failure::environment(format!("cannot make a filter of system calls (a defect): {error}"))
+        };
+        let mut ioctl = Vec::new();
+        for call in KVM_CALLS {
+            let is =
+                SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, *call).map_err(fail)?;
+            ioctl.push(SeccompRule::new(vec![is]).map_err(fail)?);
+        }
+        let mut vcpu: BTreeMap<_, _> = COMMON.iter().map(|call| (*call, Vec::new())).collect();
+        vcpu.insert(libc::SYS_ioctl, ioctl);
+        let mut console: BTreeMap<_, _> = COMMON.iter().map(|call| (*call, Vec::new())).collect();
+        for call in [libc::SYS_poll, libc::SYS_ppoll, libc::SYS_recvfrom, libc::SYS_recvmsg, libc::SYS_writev]
+        {
+            console.insert(call, Vec::new());
+        }
+        let compile = |rules| {
+            let (mismatch, matching) = (SeccompAction::KillProcess, SeccompAction::Allow);
+            let filter = SeccompFilter::new(rules, mismatch, matching, TargetArch::x86_64)?;
+            BpfProgram::try_from(filter)
+        };
+        Ok(Self { vcpu: compile(vcpu).map_err(fail)?, console: compile(console).map_err(fail)? })
+    }
+}
+
+/// Puts a filter on this thread, for good.
+pub(super) fn apply(filter: &BpfProgram) -> Result<()> {
+    if filter.is_empty() {
+        return Ok(());
+    }
+    seccompiler::apply_filter(filter)
+        .map_err(|error| Failure::environment(format!("cannot give up system calls: {error}")))
+}

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A processor's thread.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use nix::libc::{EAGAIN, EINTR};
+use parking_lot::{Condvar, Mutex};
+
+use super::cpu;
+use super::ports::{Ports, Wish};
+
+/// Why the machine ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// The guest switched it off.
+    PoweredOff,
+    /// Anything else, in a few words.
+    Died(String),
+}
+
+#[derive(Default)]
+struct State {
+    /// The first reason to end. All processors stop.
+    ending: Option<Ending>,
+    /// Everything is over.
+    ended: bool,
+    /// Registers of processors, by index, since they were last asked for.
+    registers: Vec<Option<String>>,
+}
+
+/// What processors, supervisor and callers tell each other. Its lock is a leaf.
+pub(super) struct Shared {
+    stop: AtomicBool,
+    /// Processors that are to show their registers.
+    asked: Vec<AtomicBool>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    pub(super) fn new(cpus: u32) -> Arc<Self> {
+        Arc::new(Self {
+            stop: AtomicBool::new(false),
+            asked: (0..cpus).map(|_| AtomicBool::new(false)).collect(),
+            state: Mutex::new(State { registers: (0..cpus).map(|_| None).collect(), ..State::default() }),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// Ends the machine for this reason, unless there was one before.
+    pub(super) fn end(&self, why: Ending) {
+        let mut state = self.state.lock();
+        state.ending.get_or_insert(why);
+        self.stop.store(true, SeqCst);
+        self.changed.notify_all();
+    }
+
+    /// Waits until there is a reason to end.
+    pub(super) fn wait_for_ending(&self) {
+        let mut state = self.state.lock();
+        while state.ending.is_none() {
+            self.changed.wait(&mut state);
+        }
+    }
+
+    /// Everything is over.
+    pub(super) fn set_ended(&self) {
+        self.state.lock().ended = true;
+        self.changed.notify_all();
+    }
+
+    /// How it ended, once everything is over; `None` if that takes longer.
+    pub(super) fn ended(&self, timeout: Option<Duration>) -> Option<Ending> {
+        let until = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let mut state = self.state.lock();
+        while !state.ended {
+            match until {
+                Some(until) if self.changed.wait_until(&mut state, until).timed_out() => break,
+                Some(_) => {}
+                None => self.changed.wait(&mut state),
+            }
+        }
+        if state.ended { state.ending.clone() } else { None }
+    }
+
+    /// Asks all processors for their registers.
+    pub(super) fn ask(&self) {
+        self.state.lock().registers.iter_mut().for_each(|text| *text = None);
+        self.asked.iter().for_each(|asked| asked.store(true, SeqCst));
+    }
+
+    /// Processors that have not answered.
+    pub(super) fn silent(&self) -> usize {
+        self.state.lock().registers.iter().filter(|text| text.is_none()).count()
+    }
+
+    /// What the processors have shown.
+    pub(super) fn registers(&self) -> String {
+        let state = self.state.lock();
+        let mut text = String::new();
+        for (index, registers) in state.registers.iter().enumerate() {
+            match registers {
+                Some(registers) => text.push_str(registers),
+                None => text.push_str(&format!("vCPU {index}: no answer\n")),
+            }
+        }
+        text
+    }
+}
+
+/// A processor.
+pub(super) struct Vcpu {
+    pub(super) index: u32,
+    pub(super) fd: VcpuFd,
+    pub(super) ports: Arc<Ports>,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        // However the thread ends, the machine does not go on with a processor less.
+        self.shared.end(Ending::Died(format!("the thread of vCPU {} ended", self.index)));
+    }
+}
+
+impl Vcpu {
+    /// Runs until the machine ends.
+    pub(super) fn run(mut self) {
+        while !self.shared.stop.load(SeqCst) {
+            if self.shared.asked.get(self.index as usize).is_some_and(|asked| asked.swap(false, SeqCst)) {
+                self.show();
+            }
+            if let Some(why) = self.once() {
+                if matches!(why, Ending::Died(_)) {
+                    self.show();
+                }
+                self.shared.end(why);
+            }
+        }
+    }
+
+    /// Until the next exit, which is dealt with.
+    fn once(&mut self) -> Option<Ending> {
+        let died = |why: String| Some(Ending::Died(why));
+        let wish = match self.fd.run() {
+            Ok(VcpuExit::IoOut(port, data)) => self.ports.write(port, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                self.ports.pci.memory_write(address, data);
+                None
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                self.ports.pci.memory_read(address, data);
+                None
+            }
+            Ok(VcpuExit::IoIn(port, data)) => {
+                self.ports.read(port, data);
+                None
+            }
+            Ok(VcpuExit::Shutdown) => return died("the guest reset itself: a triple fault".into()),
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Some(Wish::PowerOff),
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => Some(Wish::Reset),
+            Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => None,
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                return died(format!("vCPU {} cannot be entered: reason {reason:#x}", self.index));
+            }
+            Ok(VcpuExit::InternalError) => {
+                let failure = self.internal_error();
+                return died(format!("KVM failed on vCPU {}: {failure}", self.index));
+            }
+            Ok(other) => return died(format!("vCPU {} stopped for no known reason: {other:?}", self.index)),
+            Err(error) if matches!(error.errno(), EINTR | EAGAIN) => None,
+            Err(error) => return died(format!("vCPU {} cannot run: {error}", self.index)),
+        };
+        match wish {
+            None => None,
+            Some(Wish::PowerOff) => Some(Ending::PoweredOff),
+            Some(Wish::Reset) => died("the guest reset itself: a panic or a reboot".into()),
+        }
+    }
+
+    /// What KVM says of its own failure.
+    fn internal_error(&mut self) -> String {
+        let run = self.fd.get_kvm_run();
+        #[allow(unsafe_code)] // a union of the kernel's
+        // SAFETY: the last exit was an internal error, for which the kernel fills this member; all its bits are numbers.
+        let (suberror, count, data) = unsafe {
+            let internal = &run.__bindgen_anon_1.internal;
+            (internal.suberror, internal.ndata, internal.data)
+        };
+        let data = data.get(..(count as usize).min(4)).unwrap_or_default();
+        format!("suberror {suberror}, data {data:x?}")
+    }
+
+    fn show(&self) {
+        let text = match (self.fd.get_regs(), self.fd.get_sregs()) {
+            (Ok(regs), Ok(sregs)) => cpu::describe(self.index, &regs, &sregs),
+            (Err(error), _) | (_, Err(error)) => format!("vCPU {}: no registers: {error}\n", self.index),
+        };
+        if let Some(registers) = self.shared.state.lock().registers.get_mut(self.index as usize) {
+            *registers = Some(text);
+        }
+        self.shared.changed.notify_all();
+    }
+}
