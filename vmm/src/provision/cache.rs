@@ -174,6 +174,11 @@ impl Cache {
         make: &mut dyn FnMut(&mut Partial) -> Result<Made>,
     ) -> Result<Item> {
         if let State::Complete(item) = self.look(wanted.item, wanted.recipe) {
+            // The date is that of the last use, for `prune`; where it cannot be set, the item only seems older.
+            let _ = File::options()
+                .append(true)
+                .open(item.path.join(MANIFEST))
+                .and_then(|file| file.set_modified(SystemTime::now()));
             return Ok(item);
         }
         let start = Instant::now();
@@ -288,6 +293,31 @@ impl Cache {
             }
         }
         None
+    }
+
+    /// Removes those of the items whose names begin with `prefix` that were not used for longest, so that `keep` stay. An item
+    /// that somebody is making is left alone.
+    pub fn prune(&self, prefix: &str, keep: usize) {
+        let Ok(entries) = fs::read_dir(self.root.join("items")) else { return };
+        let mut items: Vec<(SystemTime, String)> = entries
+            .flatten()
+            .filter_map(|entry| {
+                let name = entry.file_name().into_string().ok().filter(|name| name.starts_with(prefix))?;
+                let used = fs::metadata(entry.path().join(MANIFEST)).and_then(|meta| meta.modified());
+                Some((used.unwrap_or(UNIX_EPOCH), name))
+            })
+            .collect();
+        items.sort();
+        for (_, name) in items.iter().take(items.len().saturating_sub(keep)) {
+            let Ok(lock) = File::open(self.lock_path(name)) else { continue };
+            if process::try_lock(&lock).unwrap_or(false) {
+                // Away at once, then slowly: whoever looks meanwhile finds it absent, not half there.
+                let gone = self.partial_path(name);
+                if fs::rename(self.item_path(name), &gone).is_ok() {
+                    let _ = fs::remove_dir_all(&gone);
+                }
+            }
+        }
     }
 
     /// Forgets an item, so that it is made again.
@@ -405,4 +435,35 @@ pub(crate) fn walk(root: &Path, visit: &mut dyn FnMut(&Path, &fs::Metadata)) -> 
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn make(cache: &Cache, name: &str) -> Item {
+        let events: Arc<dyn EventSink> = Arc::new(|_| {});
+        let wanted = Wanted { item: name, step: "s", about: "a", recipe: "r", bytes: 1 };
+        cache.ensure(&wanted, &events, &mut |_| Ok(Made::default())).unwrap()
+    }
+
+    #[test]
+    fn what_was_used_last_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path()).unwrap();
+        let hour = Duration::from_secs(3600);
+        for (age, name) in [(3, "module-a"), (2, "module-b"), (1, "module-c"), (9, "other")] {
+            let item = make(&cache, name);
+            let manifest = File::options().append(true).open(item.path.join(MANIFEST)).unwrap();
+            manifest.set_modified(SystemTime::now() - age * hour).unwrap();
+        }
+        make(&cache, "module-a"); // used now
+        cache.prune("module-", 2);
+        let there = |name: &str| cache.get(name, "r").is_some();
+        assert!(there("module-a") && !there("module-b") && there("module-c") && there("other"));
+        let _busy = cache.lock("module-a", &(Arc::new(|_| {}) as Arc<dyn EventSink>)).unwrap();
+        cache.prune("module-", 0);
+        assert!(there("module-a") && !there("module-c"));
+        assert_eq!(fs::read_dir(dir.path().join("partial")).unwrap().count(), 0);
+    }
 }

@@ -18,6 +18,8 @@ use crate::process::{self, last_lines};
 
 /// Part of every module's hash: change it when the way of building changes.
 const RECIPE: &str = "kbuild in bwrap, 1";
+/// Built modules that are kept, 1.5 MB each: enough for a campaign of patches on three kernels.
+const KEPT: usize = 256;
 /// How many of the compiler's errors a message shows.
 const SHOWN_ERRORS: usize = 8;
 
@@ -89,6 +91,7 @@ fn one(
     };
     if cache.get(wanted.item, wanted.recipe).is_none() {
         kernel::mend(cache, events, kernel)?;
+        cache.prune("module-", KEPT);
     }
     let item = cache.ensure(&wanted, events, &mut |partial| {
         build(cache, events, kernel, module, &guest, &diffs, partial, &hash)
