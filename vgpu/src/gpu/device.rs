@@ -162,9 +162,17 @@ impl Device {
         }
     }
 
-    pub(crate) fn bad_handle(&self, op: &'static str, handle: Handle, issued_before: bool, va: Option<u64>) {
+    /// A handle that is not live was named, `by` a context that is.
+    pub(crate) fn bad_handle(
+        &self,
+        op: &'static str,
+        handle: Handle,
+        issued_before: bool,
+        by: Option<Handle>,
+        va: Option<u64>,
+    ) {
         count(&self.counters.bad_handles, 1);
-        self.oracle.event(DeviceEvent::BadHandle { op, handle, issued_before, va });
+        self.oracle.event(DeviceEvent::BadHandle { op, handle, issued_before, by, va });
     }
 
     /// Keeps the books on a change of a table, and tells the oracle.

@@ -92,7 +92,8 @@ impl Task {
     /// Whether it is at work in a module or in what drivers mirror with, and not only on the CPU by chance.
     fn at_work(&self) -> bool {
         let concerns = |frame: &String| {
-            frame.ends_with(']') || ["hmm_", "mmu_interval", "mmu_notifier"].iter().any(|f| frame.starts_with(f))
+            frame.ends_with(']')
+                || ["hmm_", "mmu_interval", "mmu_notifier"].iter().any(|f| frame.starts_with(f))
         };
         self.running && self.name != "hmm_witness" && self.frames.iter().any(concerns)
     }

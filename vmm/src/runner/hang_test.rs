@@ -69,7 +69,9 @@ fn two_tasks_that_wait_for_each_other() {
 fn one_that_goes_round_and_round() {
     let found = judge(&clues(SPINNING, true, standing(1, 0)));
     assert_eq!(found.rule, Rule::HangLivelock);
-    assert!(found.summary.contains("kworker/u8:1 (pid 31) in hmm_range_fault, from vgpu_mirror_fault [hmm_vgpu]"));
+    assert!(
+        found.summary.contains("kworker/u8:1 (pid 31) in hmm_range_fault, from vgpu_mirror_fault [hmm_vgpu]")
+    );
     assert!(!found.events.join("\n").contains("ttyS0"));
 }
 

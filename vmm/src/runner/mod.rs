@@ -248,6 +248,7 @@ fn conclude(config: &RunConfig, results: &mut Results, end: &End, seen: &Seen<'_
     let why = match (&end.lost, &end.story.fatal) {
         _ if end.interrupted => "interrupted".to_owned(),
         (_, Some(_)) => "the guest could not go on".to_owned(),
+        (Some(lost), None) if lost.contains("hung") => "the guest hung".to_owned(),
         (Some(_), None) => "guest died".to_owned(),
         (None, None) => "the guest did not say that it ended".to_owned(),
     };

@@ -90,6 +90,8 @@ pub struct Session<'a> {
     /// The first fault that was not answered: a hang is likely to be about it.
     unanswered: Option<Violation>,
     nmi: bool,
+    /// A hang was reported.
+    hung: bool,
     interactive: bool,
     complained: bool,
     /// Heartbeats so far, and how many there were at the first violation.
@@ -136,6 +138,7 @@ impl<'a> Session<'a> {
             stood: Standing::default(),
             unanswered: None,
             nmi: false,
+            hung: false,
             interactive: given.interactive,
             complained: false,
             heartbeats: 0,
@@ -204,10 +207,11 @@ impl<'a> Session<'a> {
         self.console.finish(&mut items);
         self.items(items);
         self.violations(violations);
-        if self.end.lost.is_some()
+        // A hang's report has the stacks; behind them the console has only more of the same.
+        if self.end.lost.is_some() && !self.hung
             || self.end.interrupted
             || self.end.story.fatal.is_some()
-            || !self.end.story.done
+            || !self.end.story.done && !self.hung
         {
             self.end.console_tail = self.console.tail(TAIL_LINES);
         }
@@ -338,7 +342,8 @@ impl<'a> Session<'a> {
         let (Some(at), Some(limit)) = (self.violated_at, self.limits.violation_heartbeats) else {
             return false;
         };
-        let enough = self.heartbeats.saturating_sub(at) >= limit;
+        // A guest that was asked why it hangs gets to answer.
+        let enough = self.heartbeats.saturating_sub(at) >= limit && !self.watch.asked();
         if enough {
             self.end.notes.push(format!(
                 "ended {} {limit} heartbeats after the first violation; --keep-going runs to the end",
@@ -359,6 +364,7 @@ impl<'a> Session<'a> {
             place: self.place(),
         });
         self.end.lost = Some("the guest hung and was ended".to_owned());
+        self.hung = true;
         match &self.unanswered {
             // The oracle has said so, and where.
             Some(_) if violation.rule == Rule::FaultUnanswered => return,

@@ -172,6 +172,12 @@ impl Watch {
         self.heartbeat.saturating_sub(self.progress_at)
     }
 
+    /// The guest was asked for its stacks, and its time to answer is not over.
+    #[must_use]
+    pub fn asked(&self) -> bool {
+        self.asked_at.is_some()
+    }
+
     /// The host stood still for `gap`: nothing of that is the guest's.
     pub fn pardon(&mut self, gap: Duration) {
         for then in [&mut self.start, &mut self.life, &mut self.console, &mut self.message] {
