@@ -2,12 +2,12 @@
 //! What this machine has, what it lacks, and how to get that. Looks only; makes and fetches nothing.
 
 use std::fs;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::machine::probe;
 use crate::process;
 use crate::provision::{self, Cache, KERNELS, QemuProgram};
 
@@ -41,6 +41,8 @@ pub struct Check {
 pub struct Doctor {
     /// Nothing is missing.
     pub healthy: bool,
+    /// A probe guest has run with KVM.
+    pub kvm_can_run_linux: bool,
     /// The single findings.
     pub checks: Vec<Check>,
 }
@@ -66,9 +68,10 @@ impl Doctor {
     /// Looks at everything.
     #[must_use]
     pub fn examine(cache: &Cache) -> Self {
+        let (kvm_can_run_linux, why) = kvm_can_run_linux(probe::DEADLINE);
         let checks = vec![
             processor(),
-            kvm(),
+            kvm(kvm_can_run_linux, why),
             qemu(cache),
             program("mmdebstrap", "apt-get install mmdebstrap debian-archive-keyring"),
             sandbox(),
@@ -80,30 +83,33 @@ impl Doctor {
             disk(cache),
             kernels(cache),
         ];
-        Self { healthy: checks.iter().all(|check| check.state != State::Missing), checks }
+        let healthy = checks.iter().all(|check| check.state != State::Missing);
+        Self { healthy, kvm_can_run_linux, checks }
     }
 }
 
-/// Whether this host's KVM can run Linux, and why or why not.
+/// Whether this host's KVM can run Linux, and why or why not, by running a probe guest that has this long.
 ///
 /// The node alone proves nothing: a host's KVM without hardware support opens, makes machines, and still cannot run Linux.
 #[must_use]
-pub fn kvm_can_run_linux() -> (bool, String) {
-    let node = Path::new("/dev/kvm");
-    if !node.exists() {
-        return (false, "there is no /dev/kvm".into());
+pub fn kvm_can_run_linux(deadline: Duration) -> (bool, String) {
+    match probe::run(deadline) {
+        Ok(took) => (true, format!("a probe guest ran in {} ms", took.as_millis().max(1))),
+        Err(why) if virtualisation_flag().is_none() => {
+            (false, format!("{why} (and the processor has neither vmx nor svm)"))
+        }
+        Err(why) => (false, why),
     }
-    let opened = fs::OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_CLOEXEC).open(node);
-    if let Err(error) = opened {
-        return (false, format!("/dev/kvm cannot be opened: {error}"));
+}
+
+/// The same for those who do not insist on KVM: where the processor says that it has no virtualisation, that is enough, and
+/// nobody waits for a probe guest's deadline.
+#[must_use]
+pub fn kvm_worth_having() -> (bool, String) {
+    if virtualisation_flag().is_none() {
+        return (false, "the processor has neither vmx nor svm, so KVM cannot run Linux".into());
     }
-    match virtualisation_flag() {
-        Some(flag) => (true, format!("/dev/kvm opens and the processor has {flag}")),
-        None => (
-            false,
-            "/dev/kvm opens, but the processor has neither vmx nor svm, so it cannot run Linux".into(),
-        ),
-    }
+    kvm_can_run_linux(probe::DEADLINE)
 }
 
 fn cpuinfo(field: &str) -> Option<String> {
@@ -129,9 +135,9 @@ fn processor() -> Check {
     Check::ok(NAME, format!("{count} x {model}, {}", virtualisation_flag().unwrap_or("neither vmx nor svm")))
 }
 
-fn kvm() -> Check {
+fn kvm(usable: bool, why: String) -> Check {
     const NAME: &str = "kvm";
-    match kvm_can_run_linux() {
+    match (usable, why) {
         (true, why) => Check::ok(NAME, why),
         (false, why) if why.contains("ermission") => {
             Check::note(NAME, format!("{why}; guests run under emulation"), "add yourself to the group kvm")
@@ -272,8 +278,11 @@ mod tests {
 
     #[test]
     fn kvm_verdicts_have_a_reason() {
-        let (usable, why) = kvm_can_run_linux();
+        let (usable, why) = kvm_can_run_linux(probe::DEADLINE);
         assert!(!why.is_empty());
         assert!(!usable || virtualisation_flag().is_some());
+        let (worth, why) = kvm_worth_having();
+        assert!(!why.is_empty());
+        assert!(!worth || usable);
     }
 }

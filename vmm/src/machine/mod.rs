@@ -2,6 +2,7 @@
 //! Machines: what shows PCI functions to a guest. A machine is a trait, so that the runner does not know which one it drives.
 
 pub mod kvm;
+pub mod probe;
 pub mod qemu;
 mod terminal;
 pub mod vfio_user;

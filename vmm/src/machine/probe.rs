@@ -6,15 +6,17 @@
 //! kernel's first milliseconds do: it goes from protected to 64-bit mode by itself, takes page faults and mends its page tables in
 //! the handler, uses a vector register, and computes for some millions of instructions. It has to bring the right number in time.
 
+mod code;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_API_VERSION, kvm_segment, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 /// How long the probe guest may take on a processor of its own. One with hardware below it takes 5 to 20 ms.
@@ -44,94 +46,6 @@ const FACTOR: u64 = 0x5851_f42d_4c95_7f2d;
 const SUMMAND: u64 = 0x1405_7b7e_f767_814f;
 /// Where it reports.
 const PORT: u16 = 0xf4;
-
-// It runs at CODE, so addresses of labels are their distances from the start, plus that.
-std::arch::global_asm!(
-    ".pushsection .rodata.hmm_testbench_probe, \"a\", @progbits",
-    ".globl hmm_testbench_probe_start, hmm_testbench_probe_fault, hmm_testbench_probe_end",
-    ".code32",
-    "hmm_testbench_probe_start:",
-    "    movl ${pml4}, %eax",
-    "    movl %eax, %cr3",
-    "    movl %cr4, %eax",
-    "    orl $0x620, %eax", // physical address extension, and vector registers
-    "    movl %eax, %cr4",
-    "    movl $0xc0000080, %ecx", // EFER
-    "    rdmsr",
-    "    orl $0x100, %eax", // long mode
-    "    wrmsr",
-    "    movl %cr0, %eax",
-    "    orl $0x80000000, %eax", // paging
-    "    movl %eax, %cr0",
-    "    ljmp $0x08, $(2f - hmm_testbench_probe_start + {code})",
-    ".code64",
-    "2:  movl $0x10, %eax",
-    "    movl %eax, %ds",
-    "    movl %eax, %es",
-    "    movl %eax, %ss",
-    "    movl $0x8000, %esp",
-    "    lidt {idt_pointer}",
-    "    xorl %r15d, %r15d",
-    "    movl ${faults}, %ebx",
-    "3:  movq $0, {pd} + 8", // takes the second 2 MiB away
-    "    invlpg 0x200000",
-    "    movl %ebx, 0x206000", // faults
-    "    decl %ebx",
-    "    jnz 3b",
-    "    movl ${turns}, %ecx",
-    "    movabsq ${seed}, %rax",
-    "    movabsq ${factor}, %rsi",
-    "    movabsq ${summand}, %rdi",
-    "4:  imulq %rsi, %rax",
-    "    addq %rdi, %rax",
-    "    movq %rax, 0x206008",
-    "    decl %ecx",
-    "    jnz 4b",
-    "    movq 0x6008, %xmm0", // the same memory at its other address
-    "    pxor %xmm1, %xmm1",
-    "    paddq %xmm0, %xmm1",
-    "    movq %xmm1, %rax",
-    "    addl %r15d, %eax",
-    "    outl %eax, ${port}",
-    "5:  hlt",
-    "    jmp 5b",
-    "hmm_testbench_probe_fault:",
-    "    incl %r15d",
-    "    movq $0x83, {pd} + 8", // back again: present, writable, large, at physical 0
-    "    addq $8, %rsp",
-    "    iretq",
-    "hmm_testbench_probe_end:",
-    ".popsection",
-    code = const CODE,
-    pml4 = const PML4,
-    pd = const PD,
-    idt_pointer = const IDT_POINTER,
-    faults = const FAULTS,
-    turns = const TURNS,
-    seed = const SEED,
-    factor = const FACTOR,
-    summand = const SUMMAND,
-    port = const PORT,
-    options(att_syntax)
-);
-
-#[allow(unsafe_code, reason = "labels of the code above")]
-unsafe extern "C" {
-    static hmm_testbench_probe_start: u8;
-    static hmm_testbench_probe_fault: u8;
-    static hmm_testbench_probe_end: u8;
-}
-
-/// The probe's code, and where in it the fault handler begins.
-fn code() -> (&'static [u8], u64) {
-    let (start, fault, end) =
-        (&raw const hmm_testbench_probe_start, &raw const hmm_testbench_probe_fault, &raw const hmm_testbench_probe_end);
-    let distance = |to: *const u8| to.addr() - start.addr();
-    // SAFETY: the three labels lie in this order in one section that is never written, and what is between them are bytes.
-    #[allow(unsafe_code, reason = "labels of the code above")]
-    let bytes = unsafe { std::slice::from_raw_parts(start, distance(end)) };
-    (bytes, distance(fault) as u64)
-}
 
 /// What the guest reports if all went well.
 fn expected() -> u32 {
@@ -165,6 +79,10 @@ pub fn run(deadline: Duration) -> Result<Duration, String> {
     let _ = vm.set_tss_address(0xfffb_d000);
     give(&vm, &memory).map_err(|errno| refused("takes no memory", errno))?;
     let vcpu = vm.create_vcpu(0).map_err(|errno| refused("makes no processor", errno))?;
+    // Without this the processor has no 64-bit mode.
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .and_then(|cpuid| vcpu.set_cpuid2(&cpuid))
+        .map_err(|errno| refused("does not say what its processors have", errno))?;
     prepare(&vcpu).map_err(|errno| refused("does not set a processor's registers", errno))?;
     watched(vcpu, (vm, memory), deadline)
 }
@@ -175,7 +93,7 @@ fn reason(errno: kvm_ioctls::Error) -> io::Error {
 
 /// Code, page tables and descriptor tables.
 fn fill(memory: &GuestMemoryMmap) -> Result<(), vm_memory::GuestMemoryError> {
-    let (code, fault) = code();
+    let (code, fault) = code::code();
     let write = |at: u64, value: u64| memory.write_obj(value.to_le(), GuestAddress(at));
     memory.write_slice(code, GuestAddress(CODE))?;
     write(PML4, PDPT | 3)?;
@@ -193,7 +111,8 @@ fn fill(memory: &GuestMemoryMmap) -> Result<(), vm_memory::GuestMemoryError> {
 }
 
 fn give(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), kvm_ioctls::Error> {
-    let address = memory.get_host_address(GuestAddress(0)).map_err(|_| kvm_ioctls::Error::new(nix::libc::EFAULT))?;
+    let address =
+        memory.get_host_address(GuestAddress(0)).map_err(|_| kvm_ioctls::Error::new(nix::libc::EFAULT))?;
     let region = kvm_userspace_memory_region {
         slot: 0,
         flags: 0,
@@ -284,11 +203,12 @@ fn drive(vcpu: &mut VcpuFd, over: &AtomicBool) -> Result<(), String> {
         };
         return match exit {
             VcpuExit::IoOut(PORT, data) if data == expected().to_le_bytes() => Ok(()),
-            VcpuExit::IoOut(PORT, data) => {
-                Err(format!("a probe guest computed a wrong number ({data:02x?}): this KVM runs guests wrongly"))
-            }
+            VcpuExit::IoOut(PORT, data) => Err(format!(
+                "a probe guest computed a wrong number ({data:02x?}): this KVM runs guests wrongly"
+            )),
             VcpuExit::InternalError => {
-                Err("a probe guest's instructions could not be carried out: this KVM interprets its guests".into())
+                Err("a probe guest's instructions could not be carried out: this KVM interprets its guests"
+                    .into())
             }
             other => Err(format!("a probe guest ended with {other:?}")),
         };
@@ -302,7 +222,7 @@ mod tests {
 
     #[test]
     fn the_code_is_there_and_small() {
-        let (code, fault) = code();
+        let (code, fault) = code::code();
         assert!((100..600).contains(&code.len()), "{}", code.len());
         assert!((fault as usize) < code.len());
         assert_eq!(code[..1], [0xb8], "the first instruction loads a constant");

@@ -29,7 +29,7 @@ use crate::runner::parts::Parts;
 use crate::runner::story::Story;
 
 /// The outer kernel's command line. What follows `--` are the arguments of its PID 1.
-const CMDLINE: &str = "console=ttyS0 loglevel=5 printk.time=1 panic=-1 oops=panic unknown_nmi_panic nokaslr mitigations=off \
+const CMDLINE: &str = "console=ttyS0 loglevel=5 printk.time=1 panic=-1 oops=panic unknown_nmi_panic nokaslr mitigations=off no_timer_check \
      random.trust_cpu=on watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60 tsc=reliable";
 /// Memory of the outer guest beside the inner guest's and its own files.
 const OUTER_BYTES: u64 = 512 << 20;

@@ -6,7 +6,7 @@ use std::io::IsTerminal;
 use super::RunConfig;
 use crate::doctor;
 use crate::failure::{Failure, Result};
-use crate::machine::Accel;
+use crate::machine::{Accel, probe};
 use crate::nested;
 
 /// A choice with its reason.
@@ -22,7 +22,8 @@ pub struct Choice {
 pub fn choose(demanded: Option<Accel>) -> Result<Choice> {
     let (usable, reason) = match demanded {
         Some(Accel::Tcg) => (false, "asked for with --accel tcg".to_owned()),
-        _ => doctor::kvm_can_run_linux(),
+        Some(Accel::Kvm) => doctor::kvm_can_run_linux(probe::DEADLINE),
+        None => doctor::kvm_worth_having(),
     };
     decide(demanded, usable, reason)
 }
@@ -38,7 +39,7 @@ pub fn choose_for(config: &RunConfig) -> Result<Choice> {
 
 /// Chooses in an outer guest: KVM, or a failure.
 pub fn choose_inside() -> Result<Choice> {
-    let (usable, reason) = doctor::kvm_can_run_linux();
+    let (usable, reason) = doctor::kvm_can_run_linux(probe::EMULATED_DEADLINE);
     if usable {
         return Ok(Choice { accel: Accel::Kvm, reason });
     }
