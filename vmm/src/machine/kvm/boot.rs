@@ -11,7 +11,8 @@ use linux_loader::loader::{BzImage, Elf, KernelLoader, PvhBootCapability};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::layout::{
-    ACPI, CMDLINE, CMDLINE_BYTES, GDT, HIGH_MEMORY, Layout, PAGE, PAGE_TABLES, PVH_INFO, ZERO_PAGE,
+    ACPI, CMDLINE, CMDLINE_BYTES, GDT, HIGH_MEMORY, Layout, PAGE, PAGE_TABLES, PVH_INFO, RESET_VECTOR,
+    ZERO_PAGE,
 };
 use crate::failure::{Failure, Result};
 
@@ -24,6 +25,10 @@ const INITRAMFS_TOP: u64 = 0x7fff_ffff;
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 const ZERO_PAGE_BYTES: usize = 4096;
+
+/// All that there is of a firmware. A Linux that was not booted by EFI restarts a hardware-reduced machine by going there:
+/// `mov dx, 0xcf9; mov al, 6; out dx, al; hlt; jmp` back to the `hlt`.
+const RESET_CODE: [u8; 9] = [0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee, 0xf4, 0xeb, 0xfd];
 
 // Offsets in the zero page.
 const ZP_RSDP: usize = 0x70;
@@ -100,11 +105,12 @@ pub(super) fn load(
     Ok(Entry::Long(at + ENTRY_64))
 }
 
-/// Writes the tables that every kernel is given.
-pub(super) fn write_acpi(memory: &GuestMemoryMmap<()>, layout: &Layout, cpus: u32) -> Result<()> {
+/// Writes what is in the firmware's place.
+pub(super) fn write_firmware(memory: &GuestMemoryMmap<()>, layout: &Layout, cpus: u32) -> Result<()> {
     let tables = super::acpi::tables(layout, cpus)
         .ok_or_else(|| Failure::environment("the ACPI tables do not fit (a defect)"))?;
-    write(memory, ACPI, &tables)
+    write(memory, ACPI, &tables)?;
+    write(memory, RESET_VECTOR, &RESET_CODE)
 }
 
 /// Writes the descriptor table of the first processor.

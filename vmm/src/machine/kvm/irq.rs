@@ -8,36 +8,20 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering::SeqCst};
 
-use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
-    kvm_irq_routing_irqchip, kvm_irq_routing_msi,
-};
-use kvm_ioctls::VmFd;
 use nix::libc::EFD_CLOEXEC;
 use parking_lot::Mutex;
 use vgpu::function::InterruptSink;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::host::{Host, Message, PINS};
 use super::msi::{MsiSetup, MsixTable};
 
-/// Pins of the I/O interrupt controller, which are the first interrupt numbers.
-const PINS: u32 = 24;
-/// Pins of the two old controllers.
-const OLD_PINS: u32 = 16;
 /// Interrupt numbers in all, a quarter of what KVM has.
 const NUMBERS: u32 = 1024;
 
-/// What an interrupt is to the processors.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Message {
-    pub(super) address: u64,
-    pub(super) data: u32,
-}
-
 /// KVM's table from interrupt numbers to pins and messages.
 pub(super) struct Routes {
-    vm: Arc<VmFd>,
+    host: Arc<dyn Host>,
     table: Mutex<Table>,
 }
 
@@ -48,8 +32,8 @@ struct Table {
 }
 
 impl Routes {
-    pub(super) fn new(vm: Arc<VmFd>) -> Arc<Self> {
-        Arc::new(Self { vm, table: Mutex::default() })
+    pub(super) fn new(host: Arc<dyn Host>) -> Arc<Self> {
+        Arc::new(Self { host, table: Mutex::default() })
     }
 
     fn allocate(&self) -> io::Result<u32> {
@@ -65,7 +49,7 @@ impl Routes {
         table.used.remove(&number);
         if table.messages.remove(&number).is_some() {
             // An old route of a number that nothing signals is harmless.
-            let _ = self.install(&table);
+            let _ = self.host.route(&table.messages);
         }
     }
 
@@ -74,40 +58,7 @@ impl Routes {
         if table.messages.insert(number, message) == Some(message) {
             return Ok(());
         }
-        self.install(&table)
-    }
-
-    fn install(&self, table: &Table) -> io::Result<()> {
-        let pin = |gsi, irqchip, pin| kvm_irq_routing_entry {
-            gsi,
-            type_: KVM_IRQ_ROUTING_IRQCHIP,
-            u: kvm_irq_routing_entry__bindgen_ty_1 { irqchip: kvm_irq_routing_irqchip { irqchip, pin } },
-            ..Default::default()
-        };
-        let mut entries = Vec::with_capacity((PINS + OLD_PINS) as usize + table.messages.len());
-        for number in 0..OLD_PINS {
-            let chip = if number < 8 { KVM_IRQCHIP_PIC_MASTER } else { KVM_IRQCHIP_PIC_SLAVE };
-            entries.push(pin(number, chip, number % 8));
-        }
-        entries.extend((0..PINS).map(|number| pin(number, KVM_IRQCHIP_IOAPIC, number)));
-        entries.extend(table.messages.iter().map(|(&gsi, message)| {
-            let mut msi = kvm_irq_routing_msi {
-                address_lo: message.address as u32,
-                address_hi: (message.address >> 32) as u32,
-                data: message.data,
-                ..Default::default()
-            };
-            msi.__bindgen_anon_1.pad = 0;
-            kvm_irq_routing_entry {
-                gsi,
-                type_: KVM_IRQ_ROUTING_MSI,
-                u: kvm_irq_routing_entry__bindgen_ty_1 { msi },
-                ..Default::default()
-            }
-        }));
-        let routing =
-            KvmIrqRouting::from_entries(&entries).map_err(|_| io::Error::other("too many routes"))?;
-        self.vm.set_gsi_routing(&routing).map_err(io::Error::from)
+        self.host.route(&table.messages)
     }
 }
 
@@ -153,7 +104,7 @@ struct Setup {
 
 /// The interrupts of one function.
 pub(super) struct Messages {
-    vm: Arc<VmFd>,
+    host: Arc<dyn Host>,
     routes: Arc<Routes>,
     vectors: Vec<Vector>,
     /// Held while vectors are set up, never while the function is called.
@@ -165,9 +116,9 @@ pub(super) struct Messages {
 
 impl Messages {
     /// For a function that raises so many vectors.
-    pub(super) fn new(vm: &Arc<VmFd>, routes: &Arc<Routes>, vectors: u16) -> io::Result<Arc<Self>> {
+    pub(super) fn new(host: &Arc<dyn Host>, routes: &Arc<Routes>, vectors: u16) -> io::Result<Arc<Self>> {
         let mut messages = Self {
-            vm: Arc::clone(vm),
+            host: Arc::clone(host),
             routes: Arc::clone(routes),
             vectors: Vec::new(),
             setup: Mutex::new(Setup { msi: MsiSetup::default(), table: MsixTable::new(vectors) }),
@@ -177,9 +128,9 @@ impl Messages {
         for _ in 0..vectors {
             let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
             let number = routes.allocate()?;
-            if let Err(error) = vm.register_irqfd(&event, number) {
+            if let Err(error) = host.connect(&event, number) {
                 routes.free(number);
-                return Err(error.into());
+                return Err(error);
             }
             messages.vectors.push(Vector {
                 event,
@@ -275,7 +226,7 @@ impl InterruptSink for Messages {
 impl Drop for Messages {
     fn drop(&mut self) {
         for vector in &self.vectors {
-            let _ = self.vm.unregister_irqfd(&vector.event, vector.number);
+            self.host.disconnect(&vector.event, vector.number);
             self.routes.free(vector.number);
         }
     }

@@ -24,7 +24,9 @@ pub(super) const LOW_END: u64 = 0x9_fc00;
 /// ACPI tables, in what is firmware on a PC.
 pub(super) const ACPI: u64 = 0xe_0000;
 /// Room for them.
-pub(super) const ACPI_BYTES: u64 = 0x2_0000;
+pub(super) const ACPI_BYTES: u64 = 0x1_0000;
+/// Where processors begin after a reset, in 16-bit mode.
+pub(super) const RESET_VECTOR: u64 = 0xf_fff0;
 /// Memory above this is free for the kernel.
 pub(super) const HIGH_MEMORY: u64 = 0x10_0000;
 

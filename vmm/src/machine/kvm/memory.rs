@@ -6,13 +6,12 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion,
 };
 
+use super::host::Host;
 use super::layout::{Layout, PAGE};
 use crate::failure::{Failure, Result};
 use crate::runner::device::memfd;
@@ -50,40 +49,23 @@ impl GuestRam {
 
 /// KVM's memory slots.
 pub(super) struct Slots {
-    vm: Arc<VmFd>,
+    host: Arc<dyn Host>,
     free: Mutex<Vec<u32>>,
 }
 
 impl Slots {
-    pub(super) fn new(vm: Arc<VmFd>) -> Arc<Self> {
-        Arc::new(Self { vm, free: Mutex::new((RAM_SLOTS..SLOTS).rev().collect()) })
+    pub(super) fn new(host: Arc<dyn Host>) -> Arc<Self> {
+        Arc::new(Self { host, free: Mutex::new((RAM_SLOTS..SLOTS).rev().collect()) })
     }
 
     /// Shows the guest its RAM.
     pub(super) fn add_ram(&self, ram: &GuestRam) -> Result<()> {
         for (slot, region) in (0..RAM_SLOTS).zip(ram.map.iter()) {
-            self.set(slot, region.start_addr().0, region.size() as u64, region.as_ptr())
+            self.host
+                .show(slot, region.start_addr().0, region)
                 .map_err(|error| Failure::environment(format!("KVM refuses the guest's memory: {error}")))?;
         }
         Ok(())
-    }
-
-    /// `bytes` of 0 takes the slot away.
-    fn set(&self, slot: u32, start: u64, bytes: u64, memory: *mut u8) -> Result<(), kvm_ioctls::Error> {
-        let region = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: start,
-            memory_size: bytes,
-            userspace_addr: memory as u64,
-        };
-        // SAFETY: the memory is a mapping of the RAM's or a BAR's file. The machine keeps the former, and a `MappedBar` the
-        // latter, until no processor runs any more or the slot has been taken away. What the guest writes there is read in
-        // this process through volatile accesses only.
-        #[allow(unsafe_code)] // the only way to give KVM memory
-        unsafe {
-            self.vm.set_user_memory_region(region)
-        }
     }
 }
 
@@ -123,13 +105,13 @@ impl MappedBar {
         }
         if let Some(old) = at.take() {
             // KVM moves a slot only by taking it away. This does not fail for a slot that exists.
-            if self.slots.set(self.slot, old, 0, self.map.as_ptr()).is_err() {
+            if self.slots.host.hide(self.slot, old).is_err() {
                 *at = Some(old);
                 return false;
             }
         }
         let Some(start) = wanted else { return true };
-        let done = self.slots.set(self.slot, start, self.map.size() as u64, self.map.as_ptr()).is_ok();
+        let done = self.slots.host.show(self.slot, start, &self.map).is_ok();
         *at = done.then_some(start);
         done
     }

@@ -53,6 +53,7 @@
 mod acpi;
 mod boot;
 mod cpu;
+mod host;
 mod irq;
 mod layout;
 mod memory;
@@ -171,10 +172,10 @@ impl Board {
         };
         chips().map_err(kvm_failure("make interrupt controllers"))?;
         let ram = Arc::new(GuestRam::new(&layout)?);
-        let slots = Slots::new(Arc::clone(&vm));
+        let slots = Slots::new(vm.clone());
         slots.add_ram(&ram)?;
-        let routes = Routes::new(Arc::clone(&vm));
-        let pci = Arc::new(PciBus::new(Arc::clone(&vm), layout.clone(), slots, routes));
+        let routes = Routes::new(vm.clone());
+        let pci = Arc::new(PciBus::new(vm.clone(), layout.clone(), slots, routes));
         Ok(Self { vm, cpuid, layout, ram, pci })
     }
 
@@ -244,7 +245,7 @@ impl KvmMachine {
         let board = Board::new(memory_bytes)?;
         let entry = boot::load(&board.ram.map, &board.layout, &kernel, &mut initramfs, &cmdline)?;
         boot::write_gdt(&board.ram.map, &cpu::descriptors(entry))?;
-        boot::write_acpi(&board.ram.map, &board.layout, cpus)?;
+        boot::write_firmware(&board.ram.map, &board.layout, cpus)?;
         let queue = Arc::new(Queue::default());
         let serial = Serial::new(board.line(COM1_IRQ)?, Arc::clone(&queue));
         let emulated_svm = options.emulated_svm || cpu::host_is_translated();

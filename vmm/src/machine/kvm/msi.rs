@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a function's configuration space says of its interrupts, and the MSI-X table, which is the machine's.
 
-use super::irq::Message;
+use super::host::Message;
 
 const STATUS: u16 = 0x06;
 const STATUS_CAPABILITIES: u32 = 1 << 4;

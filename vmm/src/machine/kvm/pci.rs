@@ -14,11 +14,11 @@ use std::io;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
 use vgpu::function::{Backing, Effects, Function, InterruptSink, InterruptSwitch};
 use vgpu::memory::SystemMemory;
 
+use super::host::Host;
 use super::irq::{Messages, Routes};
 use super::layout::{ECAM, Layout, Window};
 use super::memory::{GuestRam, MappedBar, Slots};
@@ -146,7 +146,7 @@ struct State {
 
 /// The bus.
 pub(super) struct PciBus {
-    vm: Arc<VmFd>,
+    host: Arc<dyn Host>,
     layout: Layout,
     slots: Arc<Slots>,
     routes: Arc<Routes>,
@@ -156,9 +156,9 @@ pub(super) struct PciBus {
 }
 
 impl PciBus {
-    pub(super) fn new(vm: Arc<VmFd>, layout: Layout, slots: Arc<Slots>, routes: Arc<Routes>) -> Self {
+    pub(super) fn new(host: Arc<dyn Host>, layout: Layout, slots: Arc<Slots>, routes: Arc<Routes>) -> Self {
         let state = Mutex::new(State { devices: BTreeMap::new(), address: 0 });
-        Self { vm, layout, slots, routes, state, regions: ArcSwap::default() }
+        Self { host, layout, slots, routes, state, regions: ArcSwap::default() }
     }
 
     /// Puts a function into the first free slot, and gives it memory and interrupts.
@@ -189,7 +189,7 @@ impl PciBus {
             u32::from_le_bytes(bytes)
         };
         let capabilities = Capabilities::find(&read);
-        let messages = Messages::new(&self.vm, &self.routes, function.vectors())?;
+        let messages = Messages::new(&self.host, &self.routes, function.vectors())?;
         for piece in &self.layout.ram {
             memory
                 .map(piece.at.start, piece.at.bytes(), &ram.file, piece.offset, true)

@@ -72,9 +72,18 @@ impl Filters {
                 SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, *call).map_err(fail)?;
             ioctl.push(SeccompRule::new(vec![is]).map_err(fail)?);
         }
-        let mut vcpu: BTreeMap<_, _> = COMMON.iter().map(|call| (*call, Vec::new())).collect();
+        // Only to see whether a descriptor is open, which debug builds do before they close one.
+        let is_open =
+            SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, libc::F_GETFD as u64);
+        let is_open = SeccompRule::new(vec![is_open.map_err(fail)?]).map_err(fail)?;
+        let common = || {
+            let mut calls: BTreeMap<_, _> = COMMON.iter().map(|call| (*call, Vec::new())).collect();
+            calls.insert(libc::SYS_fcntl, vec![is_open.clone()]);
+            calls
+        };
+        let mut vcpu = common();
         vcpu.insert(libc::SYS_ioctl, ioctl);
-        let mut console: BTreeMap<_, _> = COMMON.iter().map(|call| (*call, Vec::new())).collect();
+        let mut console = common();
         for call in [libc::SYS_poll, libc::SYS_ppoll, libc::SYS_recvfrom, libc::SYS_recvmsg, libc::SYS_writev]
         {
             console.insert(call, Vec::new());
