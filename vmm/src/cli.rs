@@ -118,8 +118,7 @@ pub enum ListKind {
 pub enum MachineName {
     /// QEMU, the device over vfio-user
     Qemu,
-    /// The testbench's own (not in this version)
-    #[value(hide = true)]
+    /// The testbench's own, for hosts whose KVM runs Linux, or with --nested
     Kvm,
 }
 

@@ -120,7 +120,7 @@ impl Start<'_> {
         let size = GpuConfig::default();
         let device = Device::new(Device::oracle(true, &size), size, Arc::new(Deaf))?;
         let mut machine = qemu::start(
-            &self.parts.qemu,
+            self.parts.qemu()?,
             MachineConfig {
                 kernel: self.parts.kernel.image.clone(),
                 initramfs,
@@ -145,7 +145,7 @@ impl Start<'_> {
         let mut file = tempfile::NamedTempFile::new().map_err(environment)?;
         std::io::copy(&mut archive, &mut file).map_err(environment)?;
         let (sender, receiver) = channel();
-        let mut command = self.parts.qemu.command();
+        let mut command = self.parts.qemu()?.command();
         let (accel, cpu, extra) = match self.accel {
             Accel::Kvm => ("kvm", "host", ""),
             Accel::Tcg => ("tcg,thread=multi", "max", " no_timer_check"),

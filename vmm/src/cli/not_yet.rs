@@ -3,7 +3,7 @@
 
 use clap::Args;
 
-use super::{BackendName, FormatName, MachineName, RunArgs};
+use super::{BackendName, FormatName, RunArgs};
 use crate::failure::{Failure, Result};
 
 /// Options of `run` that are known and refused.
@@ -27,7 +27,6 @@ pub struct LaterOptions {
 pub fn refuse(run: &RunArgs) -> Result<()> {
     let later = &run.later;
     let refused = [
-        (run.machine == MachineName::Kvm, "--machine kvm", "--machine qemu"),
         (run.backend == BackendName::Mirror, "--backend mirror", "--backend interval"),
         (run.format == FormatName::Ktap, "--format ktap", "--format human or jsonl"),
         (run.format == FormatName::Junit, "--format junit", "--out DIR, which gets a junit.xml"),

@@ -126,15 +126,14 @@ fn make(line: &Arc<Line>, interrupted: &AtomicBool) -> Result<Results> {
 /// The parts as they lie here. Agent and modules are in the initramfs already.
 fn parts(order: &Order) -> Parts {
     let none = || PathBuf::from("/nonexistent");
-    let qemu = order.qemu.as_ref();
     Parts {
-        qemu: QemuProgram {
-            program: qemu.map_or_else(none, |qemu| qemu.program.clone()),
-            args: qemu.map(|qemu| qemu.args.iter().map(Into::into).collect()).unwrap_or_default(),
+        qemu: order.qemu.as_ref().map(|qemu| QemuProgram {
+            program: qemu.program.clone(),
+            args: qemu.args.iter().map(Into::into).collect(),
             env: Vec::new(),
-            version: qemu.map(|qemu| qemu.version.clone()).unwrap_or_default(),
+            version: qemu.version.clone(),
             origin: "in the outer guest".into(),
-        },
+        }),
         kernel: Kernel::image_only(
             order.kernel_name.clone(),
             order.kernel_release.clone(),

@@ -82,7 +82,7 @@ impl Outside<'_> {
     pub(crate) fn run(&self, mut inner: File, results: &mut Results) -> Result<()> {
         let kernel = self.outer_kernel()?;
         let begin = Instant::now();
-        let image = image::build(self.config, self.parts, &kernel, &mut inner, &self.parts.qemu)?;
+        let image = image::build(self.config, self.parts, &kernel, &mut inner, self.parts.qemu()?)?;
         drop(inner);
         let log = self.out.map(OutDir::console_log).transpose()?;
         let outer_log = self.out.map(OutDir::outer_console_log).transpose()?;
@@ -153,7 +153,7 @@ impl Outside<'_> {
             }),
             interactive: false,
         };
-        qemu::start_outer(&self.parts.qemu, config, Port { name: PORT, socket: port })
+        qemu::start_outer(self.parts.qemu()?, config, Port { name: PORT, socket: port })
     }
 
     fn note(&self, text: String) {

@@ -4,6 +4,7 @@
 use std::io::IsTerminal;
 
 use super::RunConfig;
+use crate::cli::MachineName;
 use crate::doctor;
 use crate::failure::{Failure, Result};
 use crate::machine::{Accel, probe};
@@ -34,7 +35,17 @@ pub fn choose_for(config: &RunConfig) -> Result<Choice> {
         // Whether it is so is seen inside, which fails if it is not.
         return Ok(Choice { accel: Accel::Kvm, reason: nested::ACCEL_REASON.to_owned() });
     }
-    choose(config.accel)
+    match (config.machine, config.accel) {
+        (MachineName::Qemu, demanded) => choose(demanded),
+        (MachineName::Kvm, Some(Accel::Tcg)) => {
+            Err(Failure::usage("--machine kvm has no translator: --accel tcg needs --machine qemu"))
+        }
+        (MachineName::Kvm, _) => choose(Some(Accel::Kvm)).map_err(|failure| {
+            failure.remedy(
+                "give --nested, which emulates a host with KVM, or --machine qemu, which works everywhere",
+            )
+        }),
+    }
 }
 
 /// Chooses in an outer guest: KVM, or a failure.

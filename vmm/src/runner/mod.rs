@@ -107,12 +107,10 @@ fn make(
     let plan = plan::plan(config);
     results.workloads = story::Story::new(&plan).results("the guest was not started");
     let parts = parts::gather(config, Arc::clone(events), interrupted)?;
-    results.machine_version = Some(parts.qemu.version.clone());
+    let (version, machine) = parts.machine();
+    results.machine_version = Some(version);
     results.kernel.clone_from(&parts.kernel.release);
-    note(format!(
-        "qemu {} ({}), kernel {} ({})",
-        parts.qemu.version, parts.qemu.origin, parts.kernel.release, parts.kernel.name
-    ));
+    note(format!("{machine}, kernel {} ({})", parts.kernel.release, parts.kernel.name));
     let initramfs = parts::initramfs(config, &parts, &plan)?;
     if config.nested {
         let outside = Outside { config, parts: &parts, plan: &plan, events, interrupted, out };
@@ -141,7 +139,7 @@ pub(crate) fn run_inside(
         events.event(Event::Note { text: accel.reason });
         let plan = plan::plan(config);
         results.workloads = story::Story::new(&plan).results("the guest was not started");
-        results.machine_version = Some(parts.qemu.version.clone());
+        results.machine_version = Some(parts.machine().0);
         results.kernel.clone_from(&parts.kernel.release);
         let limits = crate::nested::limits(Limits::default());
         let given = Boot { parts, plan: &plan, initramfs, log: Some(log), limits, accel: accel.accel };
@@ -226,7 +224,7 @@ fn start_machine(
         interactive: config.shell,
     };
     match config.machine {
-        MachineName::Qemu => qemu::start(&parts.qemu, machine),
+        MachineName::Qemu => qemu::start(parts.qemu()?, machine),
         MachineName::Kvm => {
             kvm::start(KvmOptions { emulated_svm: config.nested, ..KvmOptions::default() }, machine)
         }

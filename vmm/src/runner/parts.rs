@@ -14,17 +14,18 @@ use guest_protocol::{DRIVER_MODULE, PLAN_PATH, Plan, WITNESS_MODULE};
 use super::RunConfig;
 use super::device::memfd;
 use super::shell;
+use crate::cli::MachineName;
 use crate::cli::units::show_size;
 use crate::event::EventSink;
 use crate::failure::{Failure, Result};
 use crate::initramfs::Initramfs;
-use crate::provision::{Cache, Kernel, Modules, Provisioned, Provisioner, QemuProgram, check_module};
+use crate::provision::{Cache, Kernel, Modules, Provisioner, QemuProgram, check_module};
 
 /// The parts.
 #[derive(Clone, Debug)]
 pub struct Parts {
-    /// The emulator.
-    pub qemu: QemuProgram,
+    /// The emulator, if the run needs one.
+    pub qemu: Option<QemuProgram>,
     /// The kernel.
     pub kernel: Kernel,
     /// The guest's PID 1.
@@ -57,30 +58,43 @@ pub fn gather(config: &RunConfig, events: Arc<dyn EventSink>, interrupted: &Atom
 }
 
 fn provide(provisioner: &Provisioner, config: &RunConfig) -> Result<Parts> {
-    let Some(driver) = &config.driver else {
-        let Provisioned { qemu, agent, kernels } =
-            provisioner.everything(std::slice::from_ref(&config.kernel), &config.patches)?;
-        let (kernel, modules) = kernels
-            .into_iter()
-            .next()
-            .ok_or_else(|| Failure::environment("no kernel was provided (a defect)"))?;
-        return Ok(Parts { qemu, kernel, agent, modules });
-    };
-    // The driver is there: only the witness is built.
+    let emulated = config.machine == MachineName::Qemu || config.nested;
     std::thread::scope(|scope| {
-        let qemu = scope.spawn(|| provisioner.qemu());
+        let qemu = emulated.then(|| scope.spawn(|| provisioner.qemu()));
         let agent = scope.spawn(|| provisioner.agent());
         let kernel = provisioner.kernel(&config.kernel)?;
-        check_module(driver, &kernel)?;
-        let witness = provisioner.witness(&kernel)?;
+        let modules = match &config.driver {
+            None => provisioner.modules(&kernel, &config.patches)?,
+            // The driver is there: only the witness is built.
+            Some(driver) => {
+                check_module(driver, &kernel)?;
+                Modules { driver: driver.clone(), witness: provisioner.witness(&kernel)? }
+            }
+        };
         let ended = || Failure::environment("a provisioning thread ended unexpectedly (a defect)");
         Ok(Parts {
-            qemu: qemu.join().map_err(|_| ended())??,
+            qemu: qemu.map(|qemu| qemu.join().map_err(|_| ended())?).transpose()?,
             agent: agent.join().map_err(|_| ended())??,
             kernel,
-            modules: Modules { driver: driver.clone(), witness },
+            modules,
         })
     })
+}
+
+impl Parts {
+    /// The emulator of a run that needs one.
+    pub fn qemu(&self) -> Result<&QemuProgram> {
+        self.qemu.as_ref().ok_or_else(|| Failure::environment("no QEMU was provided (a defect)"))
+    }
+
+    /// The machine's version, and where it is from.
+    #[must_use]
+    pub fn machine(&self) -> (String, String) {
+        match &self.qemu {
+            Some(qemu) => (qemu.version.clone(), format!("qemu {} ({})", qemu.version, qemu.origin)),
+            None => (env!("CARGO_PKG_VERSION").to_owned(), "the testbench's own machine".to_owned()),
+        }
+    }
 }
 
 /// The guest's first file system, as an anonymous file.

@@ -22,6 +22,15 @@ pub(super) enum Ending {
     Died(String),
 }
 
+impl From<Wish> for Ending {
+    fn from(wish: Wish) -> Self {
+        match wish {
+            Wish::PowerOff => Self::PoweredOff,
+            Wish::Reset => Self::Died("the guest reset itself: a panic or a reboot".into()),
+        }
+    }
+}
+
 #[derive(Default)]
 struct State {
     /// The first reason to end. All processors stop.
@@ -135,9 +144,6 @@ impl Vcpu {
                 self.show();
             }
             if let Some(why) = self.once() {
-                if matches!(why, Ending::Died(_)) {
-                    self.show();
-                }
                 self.shared.end(why);
             }
         }
@@ -145,41 +151,34 @@ impl Vcpu {
 
     /// Until the next exit, which is dealt with.
     fn once(&mut self) -> Option<Ending> {
-        let died = |why: String| Some(Ending::Died(why));
-        let wish = match self.fd.run() {
-            Ok(VcpuExit::IoOut(port, data)) => self.ports.write(port, data),
+        let failure = match self.fd.run() {
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 self.ports.pci.memory_write(address, data);
-                None
+                return None;
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
                 self.ports.pci.memory_read(address, data);
-                None
+                return None;
             }
+            Ok(VcpuExit::IoOut(port, data)) => return self.ports.write(port, data).map(Ending::from),
             Ok(VcpuExit::IoIn(port, data)) => {
                 self.ports.read(port, data);
-                None
+                return None;
             }
-            Ok(VcpuExit::Shutdown) => return died("the guest reset itself: a triple fault".into()),
-            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Some(Wish::PowerOff),
-            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => Some(Wish::Reset),
-            Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => None,
-            Ok(VcpuExit::FailEntry(reason, _)) => {
-                return died(format!("vCPU {} cannot be entered: reason {reason:#x}", self.index));
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => return Some(Wish::PowerOff.into()),
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => return Some(Wish::Reset.into()),
+            Ok(VcpuExit::Shutdown) => {
+                return Some(Ending::Died("the guest reset itself: a triple fault".into()));
             }
-            Ok(VcpuExit::InternalError) => {
-                let failure = self.internal_error();
-                return died(format!("KVM failed on vCPU {}: {failure}", self.index));
-            }
-            Ok(other) => return died(format!("vCPU {} stopped for no known reason: {other:?}", self.index)),
-            Err(error) if matches!(error.errno(), EINTR | EAGAIN) => None,
-            Err(error) => return died(format!("vCPU {} cannot run: {error}", self.index)),
+            Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => return None,
+            Err(error) if matches!(error.errno(), EINTR | EAGAIN) => return None,
+            Ok(VcpuExit::FailEntry(reason, _)) => format!("it cannot be entered, reason {reason:#x}"),
+            Ok(VcpuExit::InternalError) => self.internal_error(),
+            Ok(other) => format!("it stopped for no known reason: {other:?}"),
+            Err(error) => format!("it cannot run: {error}"),
         };
-        match wish {
-            None => None,
-            Some(Wish::PowerOff) => Some(Ending::PoweredOff),
-            Some(Wish::Reset) => died("the guest reset itself: a panic or a reboot".into()),
-        }
+        self.show();
+        Some(Ending::Died(format!("KVM failed on vCPU {}: {failure}", self.index)))
     }
 
     /// What KVM says of its own failure.
@@ -192,7 +191,7 @@ impl Vcpu {
             (internal.suberror, internal.ndata, internal.data)
         };
         let data = data.get(..(count as usize).min(4)).unwrap_or_default();
-        format!("suberror {suberror}, data {data:x?}")
+        format!("an internal error, suberror {suberror}, data {data:x?}")
     }
 
     fn show(&self) {
