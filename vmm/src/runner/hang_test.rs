@@ -100,7 +100,7 @@ fn a_wait_that_cannot_be_interrupted_is_no_lock() {
 #[test]
 fn nonsense_is_no_trouble() {
     for text in ["task:", "task:x state:", "NMI backtrace for cpu", "CPU: Comm:", " +0x/0x", "RIP: "] {
-        judge(&clues(text, true, standing(0, 0)));
-        judge(&clues(&format!("task:a state:D pid:1\n{text}"), true, standing(0, 0)));
+        let _ = judge(&clues(text, true, standing(0, 0)));
+        let _ = judge(&clues(&format!("task:a state:D pid:1\n{text}"), true, standing(0, 0)));
     }
 }

@@ -262,11 +262,11 @@ impl Scene {
     /// The hole holds zeros, and can be written.
     fn is_fresh(&self, new: Pattern) -> Checked {
         let (at, bytes) = (self.hole.0, self.hole.1.min(FEW));
-        self.sees(at, bytes, Pattern::ZERO).doing("fresh memory")?;
-        // What is forgotten is likely to lie where two parts meet.
+        // What is forgotten is likely to lie where two parts meet. Before the rest: what was freed is soon zeros again.
         for page in [self.hole.1 / 2 / PAGE * PAGE, self.hole.1 - PAGE] {
             self.sees(at + page, PAGE, Pattern::ZERO).doing("fresh memory")?;
         }
+        self.sees(at, bytes, Pattern::ZERO).doing("fresh memory")?;
         self.context.fill(&self.map, at, bytes, new).doing("fresh memory")?;
         self.context.cpu_check(&self.map, at, bytes, new).doing("fresh memory")
     }
