@@ -172,7 +172,7 @@ pub struct RunArgs {
     #[arg(value_name = "NAME")]
     pub names: Vec<String>,
     /// Machine under the guest
-    #[arg(long, value_enum, default_value = "qemu")]
+    #[arg(long, value_enum, default_value_t = DEFAULT_MACHINE)]
     pub machine: MachineName,
     /// Run the guest with KVM inside an outer guest whose processor QEMU's translator emulates, virtualisation included: slower,
     /// works everywhere, needs no root
@@ -240,6 +240,8 @@ pub struct RunArgs {
     pub later: not_yet::LaterOptions,
 }
 
+/// The machine of a run that names none.
+pub const DEFAULT_MACHINE: MachineName = MachineName::Qemu;
 /// The kernel of a run that names none.
 pub const DEFAULT_KERNEL: &str = "backports";
 /// The virtual CPUs of a run that does not say.

@@ -50,9 +50,7 @@ fn what_is_wrong_is_refused_by_name() {
 #[test]
 fn what_this_version_lacks_is_said() {
     for arguments in [
-        &["run", "--nested"][..],
-        &["run", "--machine", "kvm"],
-        &["run", "--backend", "mirror"],
+        &["run", "--backend", "mirror"][..],
         &["run", "--mirror-policy", "srcu"],
         &["run", "--inject", "x"],
         &["run", "--allow", "x"],
@@ -66,6 +64,21 @@ fn what_this_version_lacks_is_said() {
         let (status, _, stderr) = run(arguments);
         assert_eq!(status, Some(2), "{arguments:?}: {stderr}");
         assert!(stderr.contains("not in this version"), "{arguments:?}: {stderr}");
+    }
+}
+
+#[test]
+fn what_contradicts_nested_is_refused() {
+    for (arguments, said) in [
+        (&["run", "--nested", "--accel", "tcg"][..], "contradicts"),
+        (&["run", "--machine", "kvm", "--accel", "tcg"], "--machine kvm"),
+        (&["run", "--nested", "--shell"], "--exec"),
+        (&["run", "--outer-cpus", "2"], "--nested"),
+        (&["nested-inside"], "run --nested"),
+    ] {
+        let (status, _, stderr) = run(arguments);
+        assert_eq!(status, Some(2), "{arguments:?}: {stderr}");
+        assert!(stderr.contains(said), "{arguments:?}: {stderr}");
     }
 }
 
@@ -116,6 +129,13 @@ fn kvm_demanded_where_it_cannot_be_is_the_environments_fault() {
     if text.contains("vmx") || text.contains("svm") {
         return; // It might well work here.
     }
+    let (status, _, stderr) = run(&["run", "--machine", "kvm"]);
+    assert_eq!(status, Some(4), "{stderr}");
+    assert!(stderr.contains("--nested"), "{stderr}");
+    let (status, stdout, _) = run(&["doctor", "--json"]);
+    assert!(matches!(status, Some(0 | 4)));
+    let doctor: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(doctor["kvm_can_run_linux"], false);
     let out = tempfile::tempdir().unwrap();
     let (status, _, stderr) = run(&["run", "--accel", "kvm", "--out", out.path().to_str().unwrap()]);
     assert_eq!(status, Some(4), "{stderr}");

@@ -7,7 +7,7 @@ use guest_protocol::Extent;
 
 use super::RunConfig;
 use crate::cli::units::{show_millis, show_size};
-use crate::cli::{DEFAULT_CPUS, DEFAULT_KERNEL, MachineName};
+use crate::cli::{DEFAULT_CPUS, DEFAULT_KERNEL, DEFAULT_MACHINE};
 
 /// Words as one line that a POSIX shell reads back as the same words.
 #[must_use]
@@ -32,10 +32,13 @@ pub fn command(config: &RunConfig, workload: Option<&str>) -> String {
         Some(workload) => words.push(workload.into()),
         None => words.extend(config.workloads.iter().cloned()),
     }
-    let mut option = |name: &str, value: String| words.extend([name.to_owned(), value]);
-    if config.machine != MachineName::Qemu {
-        option("--machine", config.machine.to_string());
+    if config.machine != DEFAULT_MACHINE {
+        words.extend(["--machine".into(), config.machine.to_string()]);
     }
+    if config.nested {
+        words.push("--nested".into());
+    }
+    let mut option = |name: &str, value: String| words.extend([name.to_owned(), value]);
     if let Some(accel) = config.accel {
         option("--accel", accel.to_string());
     }
@@ -77,9 +80,6 @@ pub fn command(config: &RunConfig, workload: Option<&str>) -> String {
     if let Some(append) = &config.append {
         // As one word, since it may begin with a hyphen.
         words.push(format!("--append={append}"));
-    }
-    if config.nested {
-        words.push("--nested".into());
     }
     if !config.oracle {
         words.push("--no-oracle".into());
@@ -135,7 +135,11 @@ mod tests {
         config.kernel = "bookworm".into();
         config.accel = Some(crate::machine::Accel::Tcg);
         config.oracle = false;
+        config.machine = crate::cli::MachineName::Kvm;
+        config.nested = true;
+        config.outer_cpus = 2;
         let line = command(&config, Some("access"));
+        assert!(line.contains(" --machine kvm --nested "), "{line}");
         crate::cli::Cli::try_parse_from(line.split(' ')).expect(&line);
     }
 }

@@ -63,7 +63,7 @@ fn kvm_demanded_and_absent_is_an_error() {
 }
 
 /// Every process that has `marker` in its environment.
-fn processes_with(marker: &str) -> Vec<u32> {
+pub(crate) fn processes_with(marker: &str) -> Vec<u32> {
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
     entries
         .flatten()
@@ -77,12 +77,18 @@ fn processes_with(marker: &str) -> Vec<u32> {
 
 #[test]
 fn kill_9_leaves_no_process_and_no_file() {
+    killed_leaves_nothing(&[], Duration::from_secs(3));
+}
+
+/// Kills a run some time after its machine has started, and looks for what it left behind.
+pub(crate) fn killed_leaves_nothing(options: &[&str], after: Duration) {
     let _one = machine();
     let marker = format!("HMM_TESTBENCH_MARKER={}", std::process::id());
     let (name, value) = marker.split_once('=').expect("a pair");
     let folder = tempfile::tempdir().expect("a temporary folder");
     let mut child = binary()
         .args(["run", "stress", "--duration", "10m", "--seed", "1"])
+        .args(options)
         .env(name, value)
         .env("TMPDIR", folder.path())
         .stdout(std::process::Stdio::null())
@@ -95,7 +101,7 @@ fn kill_9_leaves_no_process_and_no_file() {
         std::thread::sleep(Duration::from_millis(200));
     }
     assert!(processes_with(&marker).len() >= 2, "no machine was started");
-    std::thread::sleep(Duration::from_secs(3));
+    std::thread::sleep(after);
     child.kill().expect("killed");
     child.wait().expect("reaped");
     let begin = Instant::now();

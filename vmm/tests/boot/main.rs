@@ -7,5 +7,6 @@ mod broken;
 mod clean;
 mod hang;
 mod lost;
+mod nested;
 mod paths;
 mod support;
