@@ -88,9 +88,9 @@ impl Host for VmFd {
             memory_size: map.size() as u64,
             userspace_addr: map.as_ptr() as u64,
         };
+        #[allow(unsafe_code)] // the only way to give KVM memory
         // SAFETY: the memory is a mapping of the RAM's or a BAR's file. Its owner keeps it until no processor runs any more or
         // the slot has been taken away. What the guest writes there is read in this process through volatile accesses only.
-        #[allow(unsafe_code)] // the only way to give KVM memory
         unsafe {
             Ok(self.set_user_memory_region(region)?)
         }
@@ -98,8 +98,8 @@ impl Host for VmFd {
 
     fn hide(&self, slot: u32, start: u64) -> io::Result<()> {
         let region = kvm_userspace_memory_region { slot, guest_phys_addr: start, ..Default::default() };
-        // SAFETY: a size of zero takes memory away from the guest.
         #[allow(unsafe_code)] // see above
+        // SAFETY: a size of zero takes memory away from the guest.
         unsafe {
             Ok(self.set_user_memory_region(region)?)
         }

@@ -60,6 +60,7 @@ mod memory;
 mod msi;
 mod pci;
 mod ports;
+mod rig;
 mod seccomp;
 mod serial;
 mod vcpu;
@@ -84,6 +85,8 @@ use self::layout::{LOCAL_APIC, Layout};
 use self::memory::{GuestRam, Slots};
 use self::pci::PciBus;
 use self::ports::{COM1_IRQ, Ports};
+#[doc(hidden)]
+pub use self::rig::{accesses_for_fuzzing, serial_for_fuzzing};
 use self::seccomp::Filters;
 use self::serial::{Queue, Serial};
 use self::vcpu::{Ending, Shared, Vcpu};

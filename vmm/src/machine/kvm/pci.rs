@@ -393,3 +393,7 @@ fn in_ecam(address: u64, length: usize) -> Option<(u16, u16)> {
     let fits = matches!(length, 1 | 2 | 4) && usize::from(offset) % length == 0;
     (fits && function < 256).then_some((function, offset))
 }
+
+#[cfg(test)]
+#[path = "pci_test.rs"]
+mod tests;
