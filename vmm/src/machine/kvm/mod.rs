@@ -295,7 +295,9 @@ impl KvmMachine {
         }
         let ports = Arc::new(Ports { serial, pci: Arc::clone(&board.pci) });
         for (index, fd) in (0..cpus).zip(vcpus) {
-            let vcpu = Vcpu { index, fd, ports: Arc::clone(&ports), shared: Arc::clone(&machine.shared) };
+            let (ports, shared) = (Arc::clone(&ports), Arc::clone(&machine.shared));
+            let retries = if emulated_svm { vcpu::EMULATED_RETRIES } else { 0 };
+            let vcpu = Vcpu { index, fd, ports, shared, retries };
             let (shared, filter) = (Arc::clone(&machine.shared), filters.vcpu.clone());
             let run = move || match seccomp::apply(&filter) {
                 Ok(()) => vcpu.run(),
@@ -326,7 +328,7 @@ impl KvmMachine {
             kick(&self.threads.lock());
             std::thread::sleep(KICK);
         }
-        self.registers = self.shared.registers();
+        self.registers = self.shared.registers(true);
         &self.registers
     }
 
@@ -334,9 +336,9 @@ impl KvmMachine {
         match ending {
             Ending::PoweredOff => MachineExit::PoweredOff,
             Ending::Died(status) => {
-                let registers = self.shared.registers();
-                let answered = self.shared.silent() < self.cpus as usize;
-                let stderr_tail = if answered { registers } else { self.registers.clone() };
+                // A processor's last words, or what was shown when somebody asked.
+                let words = self.shared.registers(false);
+                let stderr_tail = if words.is_empty() { self.registers.clone() } else { words };
                 MachineExit::Died { status, stderr_tail }
             }
         }
