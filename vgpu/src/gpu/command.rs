@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{Ordering::SeqCst, fence};
 
+use parking_lot::MutexGuard;
 use vgpu_spec::command::{COMMAND_BYTES, Command, STATUS_OK};
 use vgpu_spec::handle::Handle;
 use vgpu_spec::regs::gpu::{CMD_DONE_LO, CMD_HEAD, CMD_TAIL, ERROR_CMD_RING, VECTOR_EVENT};
@@ -18,7 +19,8 @@ use super::inflight::Range;
 use crate::memory::MemoryError;
 use crate::oracle::{DeviceEvent, Leak};
 
-/// Commands taken under one hold of the core's lock.
+/// Commands taken before what has come meanwhile is looked at. Who waits for the core's lock, a reset, gets it after each of
+/// them.
 const BATCH: u32 = 64;
 
 /// A ring that the guest has set up with CMD_SIZE; `None` turns the ring off.
@@ -163,7 +165,7 @@ impl Device {
         more
     }
 
-    fn take_batch(&self, core: &mut Core) -> bool {
+    fn take_batch(&self, core: &mut MutexGuard<'_, Core>) -> bool {
         let (ring, tail) = {
             let mut request = self.ring_request.lock();
             if let Some(ring) = request.take() {
@@ -179,8 +181,9 @@ impl Device {
         }
         let snapshot = self.memory.snapshot();
         let mut taken = 0;
-        // Reporting may stop the ring in between.
-        while core.ring.is_some()
+        // Reporting may stop the ring in between, and a reset take it away.
+        while core.ring == Some(ring)
+            && !self.stop.load(SeqCst)
             && core.head != tail
             && taken < BATCH
             && core.pending.len() < ring.size() as usize
@@ -197,6 +200,7 @@ impl Device {
             if core.pending.front().is_some_and(|first| first.outcome.drain.is_none()) {
                 self.progress(core);
             }
+            MutexGuard::bump(core);
         }
         count(&self.counters.commands, taken.into());
         let request = self.ring_request.lock();

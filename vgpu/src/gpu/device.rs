@@ -302,6 +302,8 @@ impl Device {
             data.take_back(page);
         }
         oracle.event(DeviceEvent::Reset);
+        // Another CPU may have enabled the device meanwhile, which the registers do not know any more.
+        self.power_changed();
     }
 
     pub(crate) fn counted(&self) -> GpuCounters {

@@ -99,7 +99,9 @@ impl<'d> Engine<'d> {
             }
             let Some(setup) = run.setup else { return false };
             let Some(context) = device.contexts.get(setup.ctx.index() as usize) else { return false };
-            if queue.kill.load(SeqCst) != run.kill_seen || !context.is_bound(setup.ctx) {
+            // A doorbell that came with the queue's end may wake it once more: what it asks for is not begun.
+            let over = !queue.is_live(setup.handle) || !context.is_bound(setup.ctx);
+            if over || queue.kill.load(SeqCst) != run.kill_seen {
                 device.flush_queue(queue, run);
                 return false;
             }

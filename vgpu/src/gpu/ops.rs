@@ -17,6 +17,7 @@ use super::fault::Answer;
 use super::inflight::Range;
 use super::pages::{GrantError, Pages};
 use super::queue::{self, Setup};
+use super::tables::Budget;
 use crate::oracle::{DeviceEvent, Leak};
 
 /// Everything a context can address.
@@ -180,7 +181,7 @@ impl Device {
                 leak.va = leak.va.or(self.tables.position(page).map(|at| at.1));
             }
             for page in self.tables.pages.owned_by(ctx) {
-                self.tables.unlink(ctx, page, &mut |_| ());
+                self.tables.forget(page);
                 self.tables.pages.take_back(page);
             }
         }
@@ -243,8 +244,9 @@ impl Device {
         let mut raw = [0_u64; ENTRIES];
         let raw = &mut raw[..count];
         self.memory.snapshot().read(from, raw.as_mut_bytes()).map_err(|_| STATUS_BAD_ADDRESS)?;
+        let mut budget = Budget::default();
         for (i, &raw) in raw.iter().enumerate() {
-            self.tables.write(named.ctx, index, first + i, raw, &mut |change| {
+            self.tables.write(named.ctx, index, (first + i, raw), &mut budget, &mut |change| {
                 self.table_changed(named.context, named.ctx, change);
             });
         }
@@ -256,7 +258,7 @@ impl Device {
         if at >= ENTRIES as u64 {
             return Err(STATUS_BAD_ARGUMENT);
         }
-        self.tables.write(named.ctx, index, at as usize, raw, &mut |change| {
+        self.tables.write(named.ctx, index, (at as usize, raw), &mut Budget::default(), &mut |change| {
             self.table_changed(named.context, named.ctx, change);
         });
         Ok(Outcome::ok(0))

@@ -17,6 +17,29 @@ use super::pages::Pages;
 
 /// Tables whose leaves are told of when a directory entry links or unlinks a filled tree.
 const TELL_TABLES: u32 = 64;
+/// The same for all the entries of one command: a driver may link the same tree in every one of them.
+const TELL_TABLES_COMMAND: u32 = 1024;
+
+/// How much may still be told of in a command: tables.
+#[derive(Debug)]
+pub(crate) struct Budget(u32);
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self(TELL_TABLES_COMMAND)
+    }
+}
+
+impl Budget {
+    /// Does something with as much of it as one entry may take.
+    fn entry<T>(&mut self, what: impl FnOnce(&mut u32) -> T) -> T {
+        let share = self.0.min(TELL_TABLES);
+        let mut left = share;
+        let done = what(&mut left);
+        self.0 -= share - left;
+        done
+    }
+}
 
 /// What a change of a table did to the context's leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,19 +137,27 @@ impl Tables {
             return;
         }
         let mut links = self.links.lock();
+        let mut budget = Budget::default();
         if let Some(page) = old {
-            self.detach(&mut links, ctx, page, tell);
+            self.detach(&mut links, ctx, page, &mut budget, tell);
         }
         if let Some(page) = new {
             let link = Link { level: ROOT_LEVEL, va: 0, parent: None };
-            self.attach(&mut links, ctx, page, link, &mut TELL_TABLES.clone(), tell);
+            budget.entry(|budget| self.attach(&mut links, ctx, page, link, budget, tell));
         }
     }
 
     /// Writes one entry of a page of `ctx`.
-    pub(crate) fn write(&self, ctx: Handle, page: u32, index: usize, raw: u64, tell: &mut dyn FnMut(Change)) {
+    pub(crate) fn write(
+        &self,
+        ctx: Handle,
+        page: u32,
+        (index, raw): (usize, u64),
+        budget: &mut Budget,
+        tell: &mut dyn FnMut(Change),
+    ) {
         let mut links = self.links.lock();
-        self.write_locked(&mut links, ctx, page, index, raw, tell);
+        self.write_locked(&mut links, ctx, page, (index, raw), budget, tell);
     }
 
     /// Writes a part of an entry, as the window does: the bits of `mask`.
@@ -140,7 +171,7 @@ impl Tables {
     ) {
         let mut links = self.links.lock();
         let raw = self.read(page, index) & !mask | raw & mask;
-        self.write_locked(&mut links, ctx, page, index, raw, tell);
+        self.write_locked(&mut links, ctx, page, (index, raw), &mut Budget::default(), tell);
     }
 
     /// Clears `count` entries from `first` on; tells of neighbouring leaves at once.
@@ -153,9 +184,11 @@ impl Tables {
         tell: &mut dyn FnMut(Change),
     ) {
         let mut links = self.links.lock();
-        let mut run = Run::default();
+        let (mut run, mut budget) = (Run::default(), Budget::default());
         for index in first..(first + count).min(ENTRIES) {
-            self.write_locked(&mut links, ctx, page, index, 0, &mut |change| run.add(change, tell));
+            self.write_locked(&mut links, ctx, page, (index, 0), &mut budget, &mut |change| {
+                run.add(change, tell)
+            });
         }
         run.end(tell);
     }
@@ -163,7 +196,14 @@ impl Tables {
     /// Takes a page out of its tree, before it is returned.
     pub(crate) fn unlink(&self, ctx: Handle, page: u32, tell: &mut dyn FnMut(Change)) {
         let mut links = self.links.lock();
-        self.detach(&mut links, ctx, page, tell);
+        self.detach(&mut links, ctx, page, &mut Budget::default(), tell);
+    }
+
+    /// Takes a page out of its tree and tells nobody: its context ends.
+    pub(crate) fn forget(&self, page: u32) {
+        if let Some(slot) = self.links.lock().get_mut(page as usize) {
+            *slot = None;
+        }
     }
 
     fn write_locked(
@@ -171,8 +211,8 @@ impl Tables {
         links: &mut [Option<Link>],
         ctx: Handle,
         page: u32,
-        index: usize,
-        raw: u64,
+        (index, raw): (usize, u64),
+        budget: &mut Budget,
         tell: &mut dyn FnMut(Change),
     ) {
         let Some(entry) = self.entry(page, index) else { return };
@@ -184,7 +224,7 @@ impl Tables {
         if let (Entry::Table(child), false) = (before, before == after) {
             let hangs_here = |link: &Link| link.parent == Some((page, index));
             if links.get(child as usize).copied().flatten().as_ref().is_some_and(hangs_here) {
-                self.detach(links, ctx, child, tell);
+                self.detach(links, ctx, child, budget, tell);
             }
         }
         match (before, after) {
@@ -195,7 +235,7 @@ impl Tables {
         if let (Entry::Table(child), Some((level, _)), Some(va)) = (after, at, va) {
             if before != after && level > 0 {
                 let link = Link { level: level - 1, va, parent: Some((page, index)) };
-                self.attach(links, ctx, child, link, &mut TELL_TABLES.clone(), tell);
+                budget.entry(|budget| self.attach(links, ctx, child, link, budget, tell));
             }
         }
     }
@@ -232,13 +272,19 @@ impl Tables {
 
     /// Nothing leads to `page` any more: its leaves are gone, as far as a walk is concerned. Tables below keep their links,
     /// which count for nothing without this one.
-    fn detach(&self, links: &mut [Option<Link>], ctx: Handle, page: u32, tell: &mut dyn FnMut(Change)) {
+    fn detach(
+        &self,
+        links: &mut [Option<Link>],
+        ctx: Handle,
+        page: u32,
+        budget: &mut Budget,
+        tell: &mut dyn FnMut(Change),
+    ) {
         let at = position(links, page);
         let mut run = Run::default();
         if let Some((level, va)) = at {
-            self.tell_gone(ctx, page, level, va, &mut TELL_TABLES.clone(), &mut |change| {
-                run.add(change, tell)
-            });
+            let gone = &mut |va, _, shift| run.add(Change::Cleared { va: Some(va), count: 1, shift }, tell);
+            budget.entry(|budget| self.each_leaf(ctx, page, (level, va), budget, gone));
         }
         run.end(tell);
         if let Some(slot) = links.get_mut(page as usize) {
@@ -246,24 +292,27 @@ impl Tables {
         }
     }
 
-    fn tell_gone(
+    /// Every leaf that a walk through `page` can reach, looking at `budget` tables at most: address, entry, log2 of its size.
+    fn each_leaf(
         &self,
         ctx: Handle,
         page: u32,
-        level: u8,
-        va: u64,
+        (level, va): (u8, u64),
         budget: &mut u32,
-        tell: &mut dyn FnMut(Change),
+        leaf: &mut dyn FnMut(u64, u64, u32),
     ) {
         if self.pages.owner(page) != ctx || *budget == 0 {
             return;
         }
         *budget -= 1;
         for index in 0..ENTRIES {
+            let raw = self.read(page, index);
             let va = va + ((index as u64) << shift(level));
-            match decode(self.read(page, index), level) {
-                Entry::Leaf(leaf) => tell(Change::Cleared { va: Some(va), count: 1, shift: leaf.shift }),
-                Entry::Table(child) if level > 0 => self.tell_gone(ctx, child, level - 1, va, budget, tell),
+            match decode(raw, level) {
+                Entry::Leaf(found) => leaf(va, raw, found.shift),
+                Entry::Table(child) if level > 0 => {
+                    self.each_leaf(ctx, child, (level - 1, va), budget, leaf);
+                }
                 _ => {}
             }
         }
@@ -296,36 +345,12 @@ impl Tables {
     pub(crate) fn leaves(&self, ctx: Handle, root: u64, mut budget: u32) -> (u64, Option<(u64, u64)>) {
         let mut found = (0, None);
         if let Some(root) = root.checked_sub(1) {
-            self.leaves_below(ctx, root as u32, ROOT_LEVEL, 0, &mut budget, &mut found);
+            self.each_leaf(ctx, root as u32, (ROOT_LEVEL, 0), &mut budget, &mut |va, raw, _| {
+                found.0 += 1;
+                found.1.get_or_insert((va, raw));
+            });
         }
         found
-    }
-
-    fn leaves_below(
-        &self,
-        ctx: Handle,
-        page: u32,
-        level: u8,
-        va: u64,
-        budget: &mut u32,
-        found: &mut (u64, Option<(u64, u64)>),
-    ) {
-        if self.pages.owner(page) != ctx || *budget == 0 {
-            return;
-        }
-        *budget -= 1;
-        for index in 0..ENTRIES {
-            let raw = self.read(page, index);
-            let va = va + ((index as u64) << shift(level));
-            match decode(raw, level) {
-                Entry::Leaf(_) => {
-                    found.0 += 1;
-                    found.1.get_or_insert((va, raw));
-                }
-                Entry::Table(child) => self.leaves_below(ctx, child, level - 1, va, budget, found),
-                _ => {}
-            }
-        }
     }
 }
 
@@ -403,7 +428,9 @@ mod tests {
     fn link(tables: &Tables, told: &mut Vec<Change>) {
         tables.set_root(A, None, Some(0), &mut |c| told.push(c));
         for page in 0..3 {
-            tables.write(A, page, 1, VALID | u64::from(page + 1) << 12, &mut |c| told.push(c));
+            tables.write(A, page, (1, VALID | u64::from(page + 1) << 12), &mut Budget::default(), &mut |c| {
+                told.push(c)
+            });
         }
     }
     const VA: u64 = 1 << 39 | 1 << 30 | 1 << 21;
@@ -415,19 +442,19 @@ mod tests {
         let tables1 = tables();
         let mut told = vec![];
         link(&tables1, &mut told);
-        tables1.write(A, 3, 7, leaf, &mut |c| told.push(c));
+        tables1.write(A, 3, (7, leaf), &mut Budget::default(), &mut |c| told.push(c));
         assert_eq!(told, [set]);
 
         let tables2 = tables();
         let mut told = vec![];
-        tables2.write(A, 3, 7, leaf, &mut |c| told.push(c));
+        tables2.write(A, 3, (7, leaf), &mut Budget::default(), &mut |c| told.push(c));
         assert_eq!(told, [Change::Set { va: None, raw: leaf, replaced: false }]);
         told.clear();
         link(&tables2, &mut told);
         assert_eq!(told, [set]);
         assert_eq!(tables2.walk(A, 1, VA + 0x7abc), Ok(leaf));
         told.clear();
-        tables2.write(A, 1, 1, 0, &mut |c| told.push(c));
+        tables2.write(A, 1, (1, 0), &mut Budget::default(), &mut |c| told.push(c));
         assert_eq!(told, [Change::Cleared { va: Some(VA + 0x7000), count: 1, shift: 12 }]);
         assert_eq!(tables2.position(3), None);
         assert_eq!(tables2.walk(A, 1, VA + 0x7abc), Err(WalkFault::new(REASON_ABSENT)));
@@ -439,7 +466,7 @@ mod tests {
         let mut told = vec![];
         link(&tables, &mut told);
         for index in [3, 4, 5, 9] {
-            tables.write(A, 3, index, VALID | 0x5000, &mut |_| ());
+            tables.write(A, 3, (index, VALID | 0x5000), &mut Budget::default(), &mut |_| ());
         }
         tables.clear(A, 3, 0, 512, &mut |c| told.push(c));
         assert_eq!(
@@ -460,11 +487,11 @@ mod tests {
         assert_eq!(tables.walk(A, 1, VA), Err(WalkFault::new(REASON_ABSENT)));
         let foreign = |page| Err(WalkFault { reason: REASON_MALFORMED, foreign: Some(page) });
         assert_eq!(tables.walk(B, 1, VA), foreign(0));
-        tables.write(A, 2, 1, VALID | 4 << 12, &mut |_| ());
+        tables.write(A, 2, (1, VALID | 4 << 12), &mut Budget::default(), &mut |_| ());
         assert_eq!(tables.walk(A, 1, VA), foreign(4));
-        tables.write(A, 2, 1, VALID | 0xff_ffff << 12, &mut |_| ());
+        tables.write(A, 2, (1, VALID | 0xff_ffff << 12), &mut Budget::default(), &mut |_| ());
         assert_eq!(tables.walk(A, 1, VA), foreign(0xff_ffff));
-        tables.write(A, 2, 1, VALID | 1 << 60, &mut |_| ());
+        tables.write(A, 2, (1, VALID | 1 << 60), &mut Budget::default(), &mut |_| ());
         assert_eq!(tables.walk(A, 1, VA), Err(WalkFault::new(REASON_MALFORMED)));
     }
 
@@ -473,7 +500,7 @@ mod tests {
         let tables = tables();
         tables.set_root(A, None, Some(0), &mut |_| ());
         for index in 0..ENTRIES {
-            tables.write(A, 0, index, VALID, &mut |_| ());
+            tables.write(A, 0, (index, VALID), &mut Budget::default(), &mut |_| ());
         }
         // At level 0 the same bits are a leaf.
         assert_eq!(tables.walk(A, 1, 0), Ok(VALID));

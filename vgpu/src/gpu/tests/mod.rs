@@ -3,6 +3,7 @@
 
 mod commands;
 mod faults;
+mod hostile;
 mod jobs;
 mod races;
 mod random;
