@@ -316,6 +316,8 @@ impl Oracle {
             bad_records: state.bad_records,
             bad_associations: state.bad_associations,
             stale_answers: state.stale_answers,
+            witness_starts: state.hellos,
+            contexts_lost: state.contexts_lost,
             events,
             suppressed,
         }

@@ -19,6 +19,7 @@ pub(super) enum Moment {
 impl State {
     /// The witness module is loaded: its ids begin anew.
     pub(super) fn hello(&mut self) {
+        self.hellos += 1;
         self.mms.clear();
         self.alive.clear();
         self.gone = false;

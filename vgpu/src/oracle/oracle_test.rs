@@ -383,6 +383,29 @@ fn a_reset_forgets_the_device_and_hello_the_address_spaces() {
 }
 
 #[test]
+fn what_nobody_watched_is_counted() {
+    let b = bench();
+    let gaps = || {
+        let counters = b.oracle.counters();
+        (counters.witness_starts, counters.contexts_lost)
+    };
+    b.oracle.event(E::Reset);
+    b.say(witness::HELLO, 0, 1);
+    assert_eq!(gaps(), (1, 0));
+    b.mirror(1, ctx(0, 1));
+    // A driver that resets the device instead of letting go, or a program that does it through sysfs.
+    b.oracle.event(E::Reset);
+    b.exit(1);
+    b.say(witness::BYE, 0, 0);
+    b.say(witness::HELLO, 0, 1);
+    assert_eq!(gaps(), (2, 1));
+    b.bind(ctx(0, 2));
+    b.say(witness::BYE, 0, 0);
+    b.oracle.event(E::Reset);
+    assert_eq!(gaps(), (2, 1), "the machine is turned off");
+}
+
+#[test]
 fn turned_off_it_only_counts() {
     let b = bench_with(OracleConfig { enabled: false, ..OracleConfig::default() });
     b.mirror(1, ctx(0, 1));

@@ -138,6 +138,10 @@ pub(super) struct State {
     pub(super) bad_records: u64,
     pub(super) bad_associations: u64,
     pub(super) stale_answers: u64,
+    /// Times that the witness began.
+    pub(super) hellos: u64,
+    /// Contexts that a reset took away before anybody unregistered them.
+    pub(super) contexts_lost: u64,
 }
 
 impl State {
@@ -160,6 +164,8 @@ impl State {
             bad_records: 0,
             bad_associations: 0,
             stale_answers: 0,
+            hellos: 0,
+            contexts_lost: 0,
         }
     }
 
@@ -236,6 +242,10 @@ impl State {
                 }
             }
             E::Reset => {
+                // With the witness gone the machine is being turned off.
+                if !self.gone {
+                    self.contexts_lost += self.contexts.len() as u64;
+                }
                 self.contexts.clear();
                 self.faults.clear();
                 self.answered.clear();

@@ -87,6 +87,10 @@ pub struct OracleCounters {
     pub bad_associations: u64,
     /// Answers to faults that had been answered already: legal, see docs/rules.md.
     pub stale_answers: u64,
+    /// Times that the witness began: once, or there was a time when nobody watched.
+    pub witness_starts: u64,
+    /// Contexts that were live when the function was reset: what became of them was not judged.
+    pub contexts_lost: u64,
     /// Events, of device and witness.
     pub events: u64,
     /// Violations not kept, the list being full.

@@ -188,6 +188,12 @@ pub struct Counters {
     pub heartbeats: u64,
     /// Contexts that no address space could be told for.
     pub unassociated_contexts: u64,
+    /// Records of the witness that could not be used, and contexts that were said to be another address space's.
+    pub bad_records: u64,
+    /// Times that the witness began; once in a run that was watched throughout.
+    pub witness_starts: u64,
+    /// Contexts that a reset of the function took away.
+    pub contexts_lost: u64,
     /// Events that oracle and device and witness exchanged.
     pub events: u64,
 }

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vgpu::function::{Function, InterruptSwitch};
 use vgpu::gpu::{Gpu, GpuConfig, GpuCounters};
@@ -98,6 +99,9 @@ impl Device {
             probes_missed: oracle.probes_missed,
             heartbeats: oracle.heartbeats,
             unassociated_contexts: oracle.unassociated_contexts,
+            bad_records: oracle.bad_records.saturating_add(oracle.bad_associations),
+            witness_starts: oracle.witness_starts,
+            contexts_lost: oracle.contexts_lost,
             events: oracle.events,
         }
     }
@@ -138,13 +142,29 @@ impl DeviceSide for Device {
     }
 }
 
-/// An anonymous file of this size.
+/// An anonymous file of this size. It cannot be made shorter, by whoever else gets it: touching a mapping beyond the end of its
+/// file would end this process.
 pub fn memfd(name: &str, bytes: u64) -> Result<File> {
     let fail = |error: std::io::Error| {
         Failure::environment(format!("cannot make {bytes} bytes of shared memory: {error}"))
     };
-    let file =
-        memfd_create(name, MFdFlags::MFD_CLOEXEC).map(File::from).map_err(|errno| fail(errno.into()))?;
+    let file = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
+        .map(File::from)
+        .map_err(|errno| fail(errno.into()))?;
     file.set_len(bytes).map_err(fail)?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(|errno| fail(errno.into()))?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_shortens_shared_memory() {
+        let file = memfd("test", 8192).unwrap();
+        assert!(file.set_len(4096).is_err());
+        assert_eq!(file.metadata().unwrap().len(), 8192);
+    }
 }

@@ -101,6 +101,21 @@ fn witness_doubts(evidence: &Evidence, gone: bool, doubts: &mut Vec<String>) {
     if counters.probes_missed > 0 {
         doubts.push(format!("the witness missed {} probes", counters.probes_missed));
     }
+    if counters.bad_records > 0 {
+        doubts.push(format!("{} records of the witness made no sense", counters.bad_records));
+    }
+    if counters.witness_starts > 1 {
+        doubts.push(format!(
+            "the witness was started {} times: what happened in between was not judged",
+            counters.witness_starts
+        ));
+    }
+    if counters.contexts_lost > 0 {
+        doubts.push(format!(
+            "the device was reset with {} contexts on it: their end was not judged",
+            counters.contexts_lost
+        ));
+    }
     // A guest that is gone has its reason already.
     if gone || !evidence.done {
         return;
@@ -174,10 +189,13 @@ mod tests {
 
     #[test]
     fn whatever_was_not_seen_is_inconclusive() {
-        let changes: [fn(&mut Evidence); 15] = [
+        let changes: [fn(&mut Evidence); 18] = [
             |e| e.hello = false,
             |e| e.counters.heartbeats = 0,
             |e| e.counters.probes_missed = 1,
+            |e| e.counters.bad_records = 1,
+            |e| e.counters.witness_starts = 2,
+            |e| e.counters.contexts_lost = 1,
             |e| e.counters.accesses = 0,
             |e| e.counters.unassociated_contexts = 1,
             |e| e.done = false,
