@@ -9,6 +9,8 @@ pub const MAX_LINE: usize = 4096;
 const CUT: &str = " [cut]";
 /// Longest operating-system-command escape that is skipped before text is taken as text again.
 const MAX_ESCAPE: usize = 256;
+/// What is kept of the end of a line that was cut: the kernel may have printed into it.
+const MAX_TAIL: usize = 2048;
 
 /// Where in a terminal escape the input is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,19 +27,18 @@ enum Escape {
 }
 
 /// Makes lines of what arrives in pieces.
-#[derive(Debug)]
+///
+/// Bytes are kept as they came until their line ends, for the kernel prints wherever the last program left off: what it says
+/// behind a program's unfinished line, or in the middle of its terminal escape, is a line of its own.
+#[derive(Debug, Default)]
 pub struct Assembler {
     line: Vec<u8>,
+    /// The line may be longer than others: it carries a message. Decided where others are cut.
+    long: Option<bool>,
     cut: bool,
+    /// The end of what was cut off.
+    tail: Vec<u8>,
     carriage_return: bool,
-    escape: Escape,
-    escape_len: usize,
-}
-
-impl Default for Assembler {
-    fn default() -> Self {
-        Self { line: Vec::new(), cut: false, carriage_return: false, escape: Escape::None, escape_len: 0 }
-    }
 }
 
 impl Assembler {
@@ -51,17 +52,12 @@ impl Assembler {
     /// Hands out an unfinished line, at the end of the stream.
     pub fn finish(&mut self, line: &mut dyn FnMut(String)) {
         self.carriage_return = false;
-        self.escape = Escape::None;
         if !self.line.is_empty() {
             self.end(line);
         }
     }
 
     fn byte(&mut self, byte: u8, line: &mut dyn FnMut(String)) {
-        if self.escape != Escape::None {
-            self.escaped(byte);
-            return;
-        }
         if self.carriage_return && byte != b'\n' && byte != b'\r' {
             // A lone carriage return: what follows overwrites the line on a terminal; here it is a line of its own.
             self.carriage_return = false;
@@ -75,63 +71,115 @@ impl Assembler {
                 self.end(line);
             }
             b'\r' => self.carriage_return = true,
-            0x1b => {
-                self.escape = Escape::Start;
-                self.escape_len = 0;
-            }
-            b'\t' => self.push(b'\t'),
-            0..=0x1f | 0x7f => {}
             _ => self.push(byte),
         }
     }
 
-    fn escaped(&mut self, byte: u8) {
-        self.escape_len += 1;
-        if byte == b'\n' || self.escape_len > MAX_ESCAPE {
-            // Not an escape after all, or a hostile one: text goes on.
-            self.escape = Escape::None;
+    fn push(&mut self, byte: u8) {
+        let long = self.line.len() >= MAX_LINE
+            // A message of the guest's agent may be longer than what a line of text is allowed.
+            && *self.long.get_or_insert_with(|| carries_message(&self.line));
+        if self.line.len() < MAX_LINE || (long && self.line.len() < MAX_MESSAGE + 2 * MAX_LINE) {
+            self.line.push(byte);
             return;
         }
-        self.escape = match (self.escape, byte) {
-            (Escape::Start, b'[') => Escape::Control,
-            (Escape::Start, b']' | b'P' | b'_' | b'^') => Escape::Command,
-            (Escape::Start, b'(' | b')' | b'#' | b'%') => Escape::OneMore,
-            (Escape::Control, 0x40..=0x7e) => Escape::None,
-            (Escape::Control, _) => Escape::Control,
-            (Escape::Command, 0x07) => Escape::None,
-            (Escape::Command, 0x1b) => Escape::OneMore,
-            (Escape::Command, _) => Escape::Command,
-            _ => Escape::None,
-        };
-    }
-
-    fn push(&mut self, byte: u8) {
-        // A message of the guest's agent may be longer than what a line of text is allowed.
-        if self.line.len() < MAX_LINE
-            || (self.line.len() < MAX_MESSAGE + 2 * MAX_LINE && carries_message(&self.line))
-        {
-            self.line.push(byte);
-        } else {
-            self.cut = true;
+        self.cut = true;
+        if self.tail.len() == MAX_TAIL {
+            self.tail.drain(..MAX_TAIL / 2);
         }
+        self.tail.push(byte);
     }
 
     fn end(&mut self, line: &mut dyn FnMut(String)) {
-        let mut text = String::from_utf8_lossy(&self.line).into_owned();
+        // A message is taken apart by who reads it: what it quotes is no line of the kernel.
+        let told = message_at(&self.line).unwrap_or(self.line.len());
+        let mut from = 0;
+        while let Some(at) = stamp(&self.line[..told], from + 1) {
+            let text = plain(&self.line[from..at]);
+            if !text.is_empty() {
+                line(text);
+            }
+            from = at;
+        }
+        let mut text = plain(&self.line[from..]);
         if self.cut {
             text.push_str(CUT);
         }
+        line(text);
+        let mut next = stamp(&self.tail, 0);
+        while let Some(at) = next {
+            next = stamp(&self.tail, at + 1);
+            line(plain(&self.tail[at..next.unwrap_or(self.tail.len())]));
+        }
         self.line.clear();
         self.line.shrink_to(MAX_LINE);
+        self.tail.clear();
         self.cut = false;
-        line(text);
+        self.long = None;
     }
 }
 
-fn carries_message(line: &[u8]) -> bool {
+/// Bytes as text, without terminal escapes and control characters.
+fn plain(bytes: &[u8]) -> String {
+    let (mut text, mut escape, mut length) = (Vec::with_capacity(bytes.len()), Escape::None, 0);
+    for &byte in bytes {
+        if escape != Escape::None {
+            length += 1;
+            // Longer is no escape after all, or a hostile one: text goes on.
+            escape = if length > MAX_ESCAPE { Escape::None } else { escaped(escape, byte) };
+            continue;
+        }
+        match byte {
+            0x1b => (escape, length) = (Escape::Start, 0),
+            b'\t' => text.push(byte),
+            0..=0x1f | 0x7f => {}
+            _ => text.push(byte),
+        }
+    }
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+fn escaped(escape: Escape, byte: u8) -> Escape {
+    match (escape, byte) {
+        (Escape::Start, b'[') => Escape::Control,
+        (Escape::Start, b']' | b'P' | b'_' | b'^') => Escape::Command,
+        (Escape::Start, b'(' | b')' | b'#' | b'%') => Escape::OneMore,
+        (Escape::Control, 0x40..=0x7e) => Escape::None,
+        (Escape::Control, _) => Escape::Control,
+        (Escape::Command, 0x07) => Escape::None,
+        (Escape::Command, 0x1b) => Escape::OneMore,
+        (Escape::Command, _) => Escape::Command,
+        _ => Escape::None,
+    }
+}
+
+fn message_at(line: &[u8]) -> Option<usize> {
     let prefix = CONSOLE_PREFIX.as_bytes();
+    line.windows(prefix.len()).position(|window| window == prefix)
+}
+
+fn carries_message(line: &[u8]) -> bool {
     // It stands at the beginning, or behind a kernel line that the agent's write interrupted; look no further than that.
-    line[..line.len().min(MAX_LINE / 4)].windows(prefix.len()).any(|window| window == prefix)
+    message_at(&line[..line.len().min(MAX_LINE / 4)]).is_some()
+}
+
+/// Where the kernel's time stamp stands at `from` or behind it, in the one form that printk gives it: `[    1.234567] `.
+#[must_use]
+pub fn stamp(bytes: &[u8], from: usize) -> Option<usize> {
+    let is_stamp = |&at: &usize| {
+        let inside = &bytes[at..];
+        let Some(dot) = inside.iter().take(24).position(|&byte| byte == b'.') else { return false };
+        let seconds = inside[1..dot.max(1)].trim_ascii_start();
+        inside[0] == b'['
+            && dot >= 6
+            && !seconds.is_empty()
+            && seconds.iter().all(u8::is_ascii_digit)
+            && inside.len() >= dot + 9
+            && inside[dot + 1..dot + 7].iter().all(u8::is_ascii_digit)
+            && inside[dot + 7] == b']'
+            && matches!(inside[dot + 8], b' ' | b'[')
+    };
+    (from..bytes.len()).find(is_stamp)
 }
 
 /// A kernel line without what printk puts before it, and the time it put there.
@@ -200,6 +248,36 @@ mod tests {
         bytes.extend(std::iter::repeat_n(b'x', 1000));
         bytes.extend_from_slice(b"\nBUG\n");
         assert_eq!(lines(&[&bytes]).last().map(String::as_str), Some("BUG"));
+    }
+
+    #[test]
+    fn the_kernel_is_heard_wherever_a_program_left_off() {
+        let bug = "[    9.100000] BUG: Bad page state";
+        let mut hide: Vec<Vec<u8>> = [
+            "dots...",
+            "\x1b",
+            "\x1b[",
+            "\x1b[1;3",
+            "\x1b]0;title",
+            "\x1b(",
+            "\x1b]\x1b",
+            "[    1.000000] a lie: ",
+            "<4>",
+        ]
+        .map(|text| text.as_bytes().to_vec())
+        .into();
+        hide.push(vec![b'x'; MAX_LINE]);
+        hide.push(vec![b'x'; 3 << 20]);
+        for mut bytes in hide {
+            let shown = String::from_utf8_lossy(&bytes[..bytes.len().min(30)]).into_owned();
+            bytes.extend_from_slice(bug.as_bytes());
+            bytes.extend_from_slice(b"\r\n");
+            let lines = lines(&[&bytes]);
+            assert_eq!(lines.last().map(String::as_str), Some(bug), "{shown:?}");
+        }
+        let told = format!("{CONSOLE_PREFIX}{{\"quotes\":\"{bug}\"}}");
+        assert_eq!(lines(&[told.as_bytes()]), [told.as_str()]);
+        assert_eq!(lines(&[b"array[12345.678901] x[    1.5] y"]).len(), 2);
     }
 
     #[test]

@@ -115,12 +115,24 @@ impl Console {
         match stream.next() {
             Some(Ok(message)) => {
                 items.push(Item::Message(message));
-                let rest = json[stream.byte_offset()..].trim();
-                if !rest.is_empty() {
-                    self.text(rest.to_owned(), items);
+                self.texts(json[stream.byte_offset()..].trim(), items);
+            }
+            _ => {
+                items.push(Item::Garbled(json.chars().take(200).collect()));
+                // The kernel may have printed into it.
+                if let Some(at) = lines::stamp(json.as_bytes(), 0) {
+                    self.texts(&json[at..], items);
                 }
             }
-            _ => items.push(Item::Garbled(json.chars().take(200).collect())),
+        }
+    }
+
+    /// What stands behind a message: perhaps several lines of the kernel.
+    fn texts(&mut self, mut rest: &str, items: &mut Vec<Item>) {
+        while !rest.is_empty() {
+            let at = lines::stamp(rest.as_bytes(), 1).unwrap_or(rest.len());
+            self.text(rest[..at].trim_end().to_owned(), items);
+            rest = &rest[at..];
         }
     }
 
@@ -177,6 +189,16 @@ mod tests {
         assert_eq!(found[1], Item::Message(Message::Done));
         assert_eq!(found[2], Item::Line("[    1.1] BUG: Bad thing".into()));
         assert!(matches!(&found[3], Item::Splat(splat) if splat.kind == SplatKind::Warn));
+    }
+
+    #[test]
+    fn no_program_hides_what_the_kernel_says() {
+        for hide in [CONSOLE_PREFIX, "hmm-testbench: {\"type\":\"done\"}dots", "\u{1b}]0;", "dots"] {
+            let found =
+                items(&format!("{hide}[    9.100000] WARNING: CPU: 0 PID: 1 at mm/x.c:1 f+0x1/0x2\r\n"));
+            let warned = |item: &Item| matches!(item, Item::Splat(splat) if splat.kind == SplatKind::Warn);
+            assert!(found.iter().any(warned), "{hide:?}: {found:?}");
+        }
     }
 
     #[test]
