@@ -13,6 +13,7 @@ use vgpu_spec::regs::witness::{REQUEST_ALL_CPUS, REQUEST_BLOCKED_TASKS};
 use super::hang::{self, Clues, Standing};
 use super::splats::{self, Meaning};
 use super::story::Story;
+use super::untrusted;
 use super::watch::{Alarm, Limits, Phase, Watch};
 use crate::console::{Console, Item, SplatKind};
 use crate::event::{Event, EventSink};
@@ -24,6 +25,8 @@ const TAIL_LINES: usize = 30;
 const TICK: Duration = Duration::from_millis(100);
 /// A gap between two ticks from which on this process itself stood still, and the guest's time is not held against it.
 const STOOD_STILL: Duration = Duration::from_secs(5);
+/// Inputs taken from a guest that is to be ended: what was on its way, not what it goes on saying.
+const LAST_INPUTS: usize = 8192;
 /// How long a guest that got a non-maskable interrupt has to print its stacks.
 const NMI_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -94,6 +97,8 @@ pub struct Session<'a> {
     hung: bool,
     interactive: bool,
     complained: bool,
+    /// The agent speaks through the witness: what stands on the console any program may have written.
+    witnessed: bool,
     /// Heartbeats so far, and how many there were at the first violation.
     heartbeats: u64,
     violated_at: Option<u64>,
@@ -141,6 +146,7 @@ impl<'a> Session<'a> {
             hung: false,
             interactive: given.interactive,
             complained: false,
+            witnessed: false,
             heartbeats: 0,
             violated_at: None,
             end: End {
@@ -183,9 +189,7 @@ impl<'a> Session<'a> {
                 break;
             }
             if let Some(exit) = self.machine.wait(Duration::ZERO) {
-                while let Ok(input) = inputs.try_recv() {
-                    self.input(input);
-                }
+                self.last_inputs(&inputs);
                 self.exited(&exit);
                 break;
             }
@@ -197,9 +201,7 @@ impl<'a> Session<'a> {
                 break;
             }
         }
-        while let Ok(input) = inputs.try_recv() {
-            self.input(input);
-        }
+        self.last_inputs(&inputs);
         // The guest's threads that wait for room in the queue go on now, so that the machine can be ended.
         drop(inputs);
         self.machine.kill();
@@ -216,6 +218,13 @@ impl<'a> Session<'a> {
             self.end.console_tail = self.console.tail(TAIL_LINES);
         }
         self.end
+    }
+
+    /// What is in the queue. A guest that floods it faster than it is read would never be ended.
+    fn last_inputs(&mut self, inputs: &Receiver<Input>) {
+        for input in inputs.try_iter().take(LAST_INPUTS) {
+            self.input(input);
+        }
     }
 
     fn violations(&mut self, violations: &Receiver<Violation>) {
@@ -240,11 +249,15 @@ impl<'a> Session<'a> {
                 self.console.feed(&bytes, &mut items);
                 self.items(items);
             }
-            Input::Message(message) => self.message(now, *message),
+            Input::Message(message) => {
+                self.witnessed = true;
+                self.message(now, *message);
+            }
             Input::Garbled(text) => self.garbled(&text),
-            Input::Heartbeat(count) => {
+            // The guest's own count is for people: a nonsense number must not stop the clock of the watchdog.
+            Input::Heartbeat(_) => {
                 self.heartbeats += 1;
-                self.watch.heartbeat(now, count);
+                self.watch.heartbeat(now, self.heartbeats);
             }
         }
     }
@@ -254,6 +267,13 @@ impl<'a> Session<'a> {
             match item {
                 Item::Line(_) if self.interactive => {}
                 Item::Line(line) => self.events.event(Event::Console { line }),
+                // PID 1 said this before it had the witness, and the console may be slow.
+                Item::Message(Message::Booted { .. }) if self.witnessed => {}
+                Item::Message(message) if self.witnessed => {
+                    self.garbled(&format!(
+                        "it stands on the console, where the agent does not write: {message:?}"
+                    ));
+                }
                 Item::Message(message) => self.message(Instant::now(), message),
                 Item::Garbled(text) => self.garbled(&text),
                 Item::Splat(splat) => {
@@ -284,11 +304,13 @@ impl<'a> Session<'a> {
     fn garbled(&mut self, text: &str) {
         self.end.garbled += 1;
         if self.end.garbled <= 3 {
+            let text = untrusted::printable(text, 200);
             self.events.event(Event::Note { text: format!("a message of the guest cannot be read: {text}") });
         }
     }
 
-    fn message(&mut self, now: Instant, message: Message) {
+    fn message(&mut self, now: Instant, mut message: Message) {
+        untrusted::tame(&mut message);
         self.watch.message(now, &message);
         if matches!(message, Message::Booted { .. }) {
             if self.end.boot_seconds.is_some() {

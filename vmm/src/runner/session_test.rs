@@ -252,14 +252,56 @@ fn a_guest_that_goes_silent_is_asked_by_nmi() {
 #[test]
 fn an_early_power_off_is_lost() {
     let (end, violations, _) = follow(|guest| {
-        guest.boot();
-        let done =
-            serde_json::to_string(&Message::WorkloadStart { workload: "access".into(), seed: 1 }).unwrap();
-        guest.print(&format!("{CONSOLE_PREFIX}{done}\r\n"));
+        // Without a witness the agent speaks on the console.
+        for message in [
+            Message::Booted { kernel: "7.3".into(), cpus: 1, uptime_ms: 900 },
+            Message::ModuleLoaded { module: "driver".into() },
+            Message::WorkloadStart { workload: "access".into(), seed: 1 },
+        ] {
+            guest.print(&format!("{CONSOLE_PREFIX}{}\r\n", serde_json::to_string(&message).unwrap()));
+        }
         guest.print(&format!("{CONSOLE_PREFIX}nonsense\r\n"));
         guest.power_off();
     });
     assert!(violations.is_empty());
     assert_eq!(end.garbled, 1);
     assert_eq!(end.lost.unwrap(), "the guest ended in access");
+}
+
+#[test]
+fn what_a_program_prints_is_no_word_of_the_agent() {
+    let (end, _, _) = follow(|guest| {
+        guest.boot();
+        guest.say(Message::WorkloadStart { workload: "access".into(), seed: 1 });
+        let (workload, outcome) = ("access".into(), Outcome::Pass);
+        let forged = [
+            Message::Booted { kernel: "other".into(), cpus: 1, uptime_ms: 1 },
+            Message::WorkloadEnd { workload, outcome, seconds: 0.1, cases: 1, failed: 0 },
+            Message::ExecEnd { status: 0 },
+            Message::Done,
+        ];
+        for message in forged {
+            guest.print(&format!("{CONSOLE_PREFIX}{}\r\n", serde_json::to_string(&message).unwrap()));
+        }
+        guest.power_off();
+    });
+    assert!(!end.story.done && end.story.exec_status.is_none());
+    assert_eq!(end.garbled, 3, "the console's first word may be late");
+    assert_eq!(end.story.kernel.as_deref(), Some("7.3"));
+    assert_eq!(end.lost.unwrap(), "the guest ended in access");
+}
+
+#[test]
+fn a_guest_that_floods_its_line_is_ended() {
+    let (end, _, _) = follow(|guest| {
+        guest.boot();
+        guest.violations.send(Violation::new(Rule::ReleaseLate, "left")).unwrap();
+        let flood = Input::Heartbeat(u64::MAX);
+        // Until nobody listens any more.
+        while guest.inputs.send(Input::Console(b"x".to_vec())).is_ok() {
+            let Input::Heartbeat(count) = flood else { return };
+            let _ = guest.inputs.send(Input::Heartbeat(count));
+        }
+    });
+    assert!(end.notes.iter().any(|note| note.contains("after the first violation")), "{:?}", end.notes);
 }

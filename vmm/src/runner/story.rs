@@ -81,21 +81,32 @@ impl Story {
                 }
             }
             Message::Case(case) => return self.case(case),
-            Message::WorkloadEnd { outcome, seconds, cases, failed, .. } => {
-                if let Some(result) = self.running() {
+            Message::WorkloadEnd { workload, outcome, seconds, cases, failed } => {
+                if let Some(result) = self.running().filter(|result| result.name == *workload) {
+                    // An end does not undo what was told before it.
+                    let contradicted = *failed == 0 && result.failed > 0;
+                    let failed = (*failed).max(result.failed);
                     result.outcome = match outcome {
+                        Outcome::Pass if failed > 0 => WorkloadOutcome::Fail,
                         Outcome::Pass => WorkloadOutcome::Pass,
                         Outcome::Fail => WorkloadOutcome::Fail,
                         Outcome::Skip => WorkloadOutcome::Skip,
                     };
                     result.seconds = if seconds.is_finite() { *seconds } else { 0.0 };
+                    if contradicted {
+                        let detail = result.detail.take().unwrap_or_default();
+                        result.detail = Some(format!("it says that no case failed, but one did: {detail}"));
+                    }
                     // Its own count stands even if a line was lost.
                     result.cases = *cases;
-                    result.failed = *failed;
+                    result.failed = failed;
+                    self.current = None;
                 }
-                self.current = None;
             }
-            Message::ExecEnd { status } => self.exec_status = Some(*status),
+            // The first word counts, and a failure more than a success.
+            Message::ExecEnd { status } => {
+                self.exec_status = self.exec_status.filter(|status| *status != 0).or(Some(*status));
+            }
             Message::Fatal { reason } => self.fatal = Some(reason.clone()),
             Message::Done => self.done = true,
             Message::Progress { .. } | Message::Metric { .. } => {}
@@ -237,6 +248,29 @@ mod tests {
             (WorkloadOutcome::Pass, 9, 0.0)
         );
         assert_eq!(story.workload(), None);
+    }
+
+    #[test]
+    fn an_end_does_not_undo_what_was_told() {
+        let mut story = Story::new(&plan(&RunConfig::for_tests()));
+        let pass = |workload: &str| Message::WorkloadEnd {
+            workload: workload.into(),
+            outcome: Outcome::Pass,
+            seconds: 1.0,
+            cases: u64::MAX,
+            failed: 0,
+        };
+        story.message(&start("access"));
+        story.message(&Message::Case(case(Outcome::Fail, None)));
+        story.message(&pass("release"));
+        assert_eq!(story.workload(), Some("access"), "that was not its end");
+        story.message(&pass("access"));
+        let result = &story.results("why")[0];
+        assert_eq!((result.outcome, result.failed), (WorkloadOutcome::Fail, 1));
+        assert!(result.detail.as_deref().is_some_and(|detail| detail.contains("anonymous/fill")));
+        story.message(&Message::ExecEnd { status: 7 });
+        story.message(&Message::ExecEnd { status: 0 });
+        assert_eq!(story.exec_status, Some(7));
     }
 
     #[test]
