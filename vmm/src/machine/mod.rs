@@ -11,7 +11,7 @@ use std::fmt;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use vgpu::function::{Function, InterruptSwitch};
@@ -92,7 +92,8 @@ pub enum MachineExit {
 /// A started machine. Dropping it ends it.
 pub trait Machine: Send {
     /// Waits until the machine has ended, all of its console has been delivered and its functions are disconnected; `None` if
-    /// that takes longer than `timeout`.
+    /// that takes longer than `timeout`. What the machine's threads deliver to may be full until the caller empties it, so who
+    /// does both waits for moments only, and again.
     fn wait(&mut self, timeout: Duration) -> Option<MachineExit>;
     /// Ends it at once. It is gone, and reaped, when this returns.
     fn kill(&mut self);
@@ -100,4 +101,20 @@ pub trait Machine: Send {
     fn nmi(&mut self) -> Result<()>;
     /// The process it runs in, if it is one of its own.
     fn pid(&self) -> Option<u32>;
+}
+
+/// Waits until `over`, which is after the machine's end and before its last words are delivered: for `timeout`, or for the moment
+/// that they usually take.
+fn last_words(timeout: Duration, over: impl Fn() -> bool) -> bool {
+    const MOMENT: Duration = Duration::from_millis(20);
+    let begin = Instant::now();
+    loop {
+        if over() {
+            return true;
+        }
+        if begin.elapsed() >= timeout.max(MOMENT) {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }

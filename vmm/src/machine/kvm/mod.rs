@@ -407,6 +407,9 @@ fn collect(threads: &Mutex<Vec<JoinHandle<()>>>) {
 impl Machine for KvmMachine {
     fn wait(&mut self, timeout: Duration) -> Option<MachineExit> {
         let ending = self.shared.ended(Some(timeout))?;
+        if !super::last_words(timeout, || self.supervisor.as_ref().is_none_or(JoinHandle::is_finished)) {
+            return None;
+        }
         self.terminal = None;
         if let Some(supervisor) = self.supervisor.take() {
             let _ = supervisor.join();

@@ -144,6 +144,17 @@ struct QemuMachine {
 }
 
 impl QemuMachine {
+    /// After QEMU's end: whether the threads that it spoke to have come to theirs.
+    ///
+    /// They may wait for room in the queue that the caller of [`Machine::wait`] empties, and so must not be waited for.
+    fn is_quiet(&self, patience: Duration) -> bool {
+        self.servers.iter().for_each(Server::hang_up);
+        super::last_words(patience, || {
+            self.console.as_ref().is_none_or(JoinHandle::is_finished)
+                && self.servers.iter().all(Server::is_over)
+        })
+    }
+
     /// Collects everything after QEMU's end. All sockets to it are closed, so nothing here waits for anybody.
     fn finish(&mut self, status: String, success: bool, stderr_tail: String) -> MachineExit {
         self.terminal = None;
@@ -176,6 +187,9 @@ impl Machine for QemuMachine {
     fn wait(&mut self, timeout: Duration) -> Option<MachineExit> {
         if self.exit.is_none() {
             let (status, success, stderr_tail) = self.process.wait(timeout)?;
+            if !self.is_quiet(timeout) {
+                return None;
+            }
             self.exit = Some(self.finish(status, success, stderr_tail));
         }
         self.exit.clone()
@@ -194,5 +208,49 @@ impl Machine for QemuMachine {
 
     fn pid(&self) -> Option<u32> {
         Some(self.process.pid())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::sync::mpsc::sync_channel;
+
+    use super::*;
+
+    #[test]
+    fn its_end_does_not_wait_for_who_waits_for_it() {
+        let (console, mut theirs) = UnixStream::pair().unwrap();
+        let (monitor, monitor_theirs) = UnixStream::pair().unwrap();
+        let (queue, inputs) = sync_channel(1);
+        let sink: ConsoleSink = Box::new(move |bytes| {
+            let _ = queue.send(bytes.to_vec());
+        });
+        let mut machine = QemuMachine {
+            terminal: None,
+            process: Process::start(Command::new("true"), Vec::new()).unwrap(),
+            monitor: Monitor::new(monitor).unwrap(),
+            console: Some(read_console(console, sink, false).unwrap()),
+            servers: Vec::new(),
+            exit: None,
+        };
+        // More than the queue holds, one piece at a time, and then the end.
+        for _ in 0..4 {
+            theirs.write_all(&[b'x'; 4096]).unwrap();
+        }
+        drop((theirs, monitor_theirs));
+        let (done, finished) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut pieces = 0;
+            loop {
+                let exit = machine.wait(Duration::ZERO);
+                pieces += inputs.try_iter().count();
+                if exit.is_some() {
+                    let _ = done.send(pieces);
+                    return;
+                }
+            }
+        });
+        assert!(finished.recv_timeout(Duration::from_secs(20)).is_ok_and(|pieces| pieces >= 4));
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arc_swap::ArcSwapOption;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl, readlink};
 use rustix::io::Errno;
 use std::os::fd::AsRawFd;
@@ -14,7 +15,7 @@ use vgpu::function::InterruptSink;
 
 use super::wire::{IrqAction, IrqInfo};
 
-/// An event file descriptor that is safe to signal: writing to it can neither block nor do anything else.
+/// An event file descriptor that is safe to signal: writing to it does nothing else and does not block.
 struct Event(OwnedFd);
 
 impl Event {
@@ -29,8 +30,12 @@ impl Event {
     }
 
     fn signal(&self) {
-        // The only failure is a counter at its end, and then the client has yet to see the earlier signals.
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+        // The flags are the file's, not ours alone: a client may have made it blocking again, and a device's thread that is blocked
+        // here with a lock held is a device that stands. A counter at its end says that the earlier signals are yet to be seen.
+        let mut ready = [PollFd::new(&self.0, PollFlags::OUT)];
+        if matches!(poll(&mut ready, Some(&Timespec::default())), Ok(1)) {
+            let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+        }
     }
 }
 
@@ -211,6 +216,23 @@ mod tests {
         interrupts.set(MSIX, 0, 0, IrqAction::Trigger, vec![]).unwrap();
         interrupts.raise_all(0b111);
         assert_eq!(fds.each_ref().map(count), [0, 0, 0]);
+    }
+
+    #[test]
+    fn a_client_cannot_make_a_signal_block() {
+        let interrupts = Interrupts::new(1, true);
+        let fd = event();
+        interrupts.set(MSIX, 0, 1, IrqAction::Eventfds, vec![fd.try_clone().unwrap()]).unwrap();
+        fcntl_setfl(&fd, fcntl_getfl(&fd).unwrap() - OFlags::NONBLOCK).unwrap();
+        rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        let (done, finished) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            interrupts.raise(0);
+            let _ = done.send(());
+        });
+        let waited = finished.recv_timeout(std::time::Duration::from_secs(5));
+        assert!(waited.is_ok(), "raising an interrupt blocks");
+        assert_eq!(count(&fd), u64::MAX - 1);
     }
 
     #[test]

@@ -88,6 +88,17 @@ impl Server {
         }
     }
 
+    /// Ends the conversation and does not wait for that: what the client asked last may still be under way.
+    pub fn hang_up(&self) {
+        self.stop.stop();
+    }
+
+    /// Whether the server's thread has ended.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     /// Ends the conversation.
     ///
     /// # Errors

@@ -16,9 +16,7 @@ use vgpu::memory::SystemMemory;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::interrupts::Interrupts;
-use super::wire::{
-    self, DeviceInfo, DmaMap, DmaUnmap, Header, IrqAction, RegionAccess, RegionInfo, Request, Version,
-};
+use super::wire::{self, DeviceInfo, DmaMap, DmaUnmap, Header, RegionAccess, RegionInfo, Request, Version};
 
 /// Bytes of configuration space.
 const CONFIG_BYTES: u64 = 4096;
@@ -169,7 +167,7 @@ impl Session {
             Request::RegionInfo(index) => return self.region_info(index, reply),
             Request::IrqInfo(index) => reply.extend_from_slice(self.interrupts.info(index)?.as_bytes()),
             Request::SetIrqs { index, start, count, action } => {
-                self.set_irqs(index, start, count, action, fds)?
+                self.interrupts.set(index, start, count, action, fds)?
             }
             Request::Read(access) => self.read(access, reply)?,
             Request::Write(access, data) => {
@@ -299,17 +297,6 @@ impl Session {
         };
         reply.extend_from_slice(info.as_bytes());
         Ok(mapped.then_some(index as usize))
-    }
-
-    fn set_irqs(
-        &self,
-        index: u32,
-        start: u32,
-        count: u32,
-        action: IrqAction<'_>,
-        fds: Vec<OwnedFd>,
-    ) -> Result<(), Errno> {
-        self.interrupts.set(index, start, count, action, fds)
     }
 
     fn read(&self, access: &RegionAccess, reply: &mut Vec<u8>) -> Result<(), Errno> {
