@@ -27,11 +27,24 @@ static DEFINE_MUTEX(message_lock);
 static void *message;
 static dma_addr_t message_dma;
 
+/*
+ * Messages are init's word on how the run went. A file that init opened, and
+ * that its workloads inherit, carries them; a program under test gets one that
+ * can only associate.
+ */
+static int chardev_open(struct inode *inode, struct file *file)
+{
+	file->private_data = is_global_init(current) ? file : NULL;
+	return nonseekable_open(inode, file);
+}
+
 static ssize_t chardev_write(struct file *file, const char __user *from,
 			     size_t bytes, loff_t *pos)
 {
 	ssize_t ret = bytes;
 
+	if (!file->private_data)
+		return -EPERM;
 	if (bytes > WITNESS_MAX_MESSAGE)
 		return -EMSGSIZE;
 	if (!bytes)
@@ -78,7 +91,7 @@ static long chardev_ioctl(struct file *file, unsigned int cmd,
 
 static const struct file_operations chardev_fops = {
 	.owner = THIS_MODULE,
-	.open = nonseekable_open,
+	.open = chardev_open,
 	.write = chardev_write,
 	.unlocked_ioctl = chardev_ioctl,
 	.compat_ioctl = compat_ptr_ioctl,

@@ -151,3 +151,33 @@ pub(crate) fn power_off() -> ! {
         std::thread::sleep(SETTLE);
     }
 }
+
+/// What the kernel says of itself for good (Documentation/admin-guide/tainted-kernels.rst).
+pub(crate) fn taint() -> u64 {
+    let text = std::fs::read_to_string("/proc/sys/kernel/tainted").unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
+}
+
+/// In words, what in these bits of the taint says that something went wrong.
+pub(crate) fn trouble(taint: u64) -> Option<String> {
+    const TROUBLE: [(u32, &str); 4] =
+        [(5, "a bad page"), (7, "an oops"), (9, "a warning"), (14, "a soft lockup")];
+    let found: Vec<&str> =
+        TROUBLE.iter().filter(|(bit, _)| taint >> bit & 1 != 0).map(|(_, what)| *what).collect();
+    (!found.is_empty()).then(|| format!("the kernel is tainted by {}", found.join(" and ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_trouble_counts() {
+        assert_eq!(trouble(1 << 12 | 1 << 13), None);
+        assert_eq!(trouble(1 << 12 | 1 << 9).as_deref(), Some("the kernel is tainted by a warning"));
+        assert_eq!(
+            trouble(1 << 7 | 1 << 5).as_deref(),
+            Some("the kernel is tainted by a bad page and an oops")
+        );
+    }
+}

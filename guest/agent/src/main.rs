@@ -53,6 +53,7 @@ fn follow(host: &mut Host) -> Checked {
     let plan: Plan =
         serde_json::from_slice(&text).map_err(|error| Failure::wrong(format!("{PLAN_PATH}: {error}")))?;
     boot::set_sysctls();
+    let taint = boot::taint();
     let witness = Path::new(WITNESS_MODULE).exists();
     if witness {
         boot::load_module(WITNESS_MODULE, "", host)?;
@@ -83,6 +84,10 @@ fn follow(host: &mut Host) -> Checked {
     if plan.load_driver {
         unload_driver(host);
     }
+    // The console tells of complaints, unless a program made the kernel print less. This it cannot take back.
+    if let Some(trouble) = boot::trouble(boot::taint() & !taint) {
+        outside(host, ("kernel", "taint"), 0.0, Some(trouble));
+    }
     host.send(&Message::Done);
     host.close_witness();
     if witness {
@@ -97,15 +102,21 @@ fn follow(host: &mut Host) -> Checked {
 /// Unloads the driver. That it cannot be unloaded with no process left is a finding, reported as a failed case.
 fn unload_driver(host: &Host) {
     let began = Instant::now();
-    let result = boot::unload_module("hmm_vgpu");
+    let failure = boot::unload_module("hmm_vgpu").err();
+    let detail = failure.map(|failure| failure.to_string());
+    outside(host, ("unload", "driver"), began.elapsed().as_secs_f64(), detail);
+}
+
+/// Reports a case outside of the workloads: it failed if there is a detail to tell.
+fn outside(host: &Host, (workload, case): (&str, &str), seconds: f64, detail: Option<String>) {
     host.send(&Message::Case(Case {
-        workload: "unload".to_owned(),
-        case: "driver".to_owned(),
+        workload: workload.to_owned(),
+        case: case.to_owned(),
         seed: 0,
         iteration: 0,
-        outcome: if result.is_ok() { Outcome::Pass } else { Outcome::Fail },
-        seconds: began.elapsed().as_secs_f64(),
-        detail: result.err().map(|failure| failure.to_string()),
+        outcome: if detail.is_none() { Outcome::Pass } else { Outcome::Fail },
+        seconds,
+        detail,
         mismatch: None,
     }));
 }
