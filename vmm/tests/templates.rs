@@ -2,6 +2,8 @@
 //! The CI templates are valid: well-formed, complete, and every name in them means something. `ci/test` holds them against the
 //! forges' own schemas as well, where it can get those.
 
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, reason = "tests")]
+
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::{Command, Stdio};

@@ -95,7 +95,15 @@ impl Kernel {
     /// A kernel of which there is the image only.
     #[must_use]
     pub fn image_only(name: String, release: String, image: PathBuf) -> Self {
-        Self { name, release, version: None, packed: image.clone(), image, config: None, build: Build::Nowhere }
+        Self {
+            name,
+            release,
+            version: None,
+            packed: image.clone(),
+            image,
+            config: None,
+            build: Build::Nowhere,
+        }
     }
 
     /// The value of a configuration option (`HMM_MIRROR`, without `CONFIG_`), if it is set.
