@@ -108,10 +108,15 @@ impl EventSink for Line {
 fn make(line: &Arc<Line>, interrupted: &AtomicBool) -> Result<Results> {
     let order: Order = serde_json::from_slice(&read(Path::new(place::ORDER))?)
         .map_err(|error| Failure::environment(format!("the order cannot be read (a defect): {error}")))?;
+    let made = carry_out(&order, line, interrupted);
+    Ok(made.unwrap_or_else(|failure| runner::not_made(&order.config, &failure)))
+}
+
+fn carry_out(order: &Order, line: &Arc<Line>, interrupted: &AtomicBool) -> Result<Results> {
     for module in &order.modules {
         load(module)?;
     }
-    let parts = parts(&order);
+    let parts = parts(order);
     let open = |path: &str| {
         File::open(path).map_err(|error| Failure::environment(format!("cannot open {path}: {error}")))
     };

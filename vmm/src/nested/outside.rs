@@ -10,6 +10,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use guest_protocol::Plan;
+use parking_lot::Mutex;
 use vgpu::gpu::GpuConfig;
 
 use super::frame::{Frame, Hello, InnerEvent, VERSION};
@@ -48,6 +49,8 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 const STOOD_STILL: Duration = Duration::from_secs(5);
 /// Console lines shown of a lost outer guest.
 const TAIL_LINES: usize = 30;
+/// Complaints of the outer kernel that are kept at a time, and in all.
+const MAX_COMPLAINTS: usize = 20;
 /// Violations kept for the case that the outer guest is lost.
 const MAX_VIOLATIONS: usize = 1000;
 
@@ -71,8 +74,6 @@ pub(crate) struct Outside<'a> {
 enum Input {
     /// A frame.
     Frame(Box<Frame>),
-    /// Bytes on the outer guest's console.
-    Console(Vec<u8>),
     /// The line ended; with an error if not in order.
     LineEnd(Option<io::Error>),
 }
@@ -100,19 +101,20 @@ impl Outside<'_> {
         let reader = line
             .try_clone()
             .map_err(|error| Failure::environment(format!("cannot share the line: {error}")))?;
-        let machine = self.start(&kernel, image, theirs, queue.clone())?;
+        let console = Arc::new(Mutex::new(OuterConsole::new(outer_log)));
+        let machine = self.start(&kernel, image, theirs, Arc::clone(&console))?;
         listen(reader, queue)?;
         let following = Following {
             outside: self,
             machine,
             line,
-            console: Console::new(outer_log),
+            console,
             log,
             hello: None,
             story: Story::new(self.plan),
             violations: Vec::new(),
             results: None,
-            complaints: Vec::new(),
+            notes: Vec::new(),
             begin: Instant::now(),
             heard: Instant::now(),
             interrupted_at: None,
@@ -133,7 +135,7 @@ impl Outside<'_> {
         kernel: &Kernel,
         image: Image,
         port: UnixStream,
-        queue: SyncSender<Input>,
+        console: Arc<Mutex<OuterConsole>>,
     ) -> Result<Box<dyn Machine>> {
         // The inner guest's memory, its VRAM, and its files once more on their way into it. The archive is there twice while it is
         // unpacked.
@@ -147,10 +149,8 @@ impl Outside<'_> {
             memory_bytes: memory.next_multiple_of(2 << 20),
             accel: Accel::Tcg,
             functions: Vec::new(),
-            console: Box::new(move |bytes| {
-                // Nobody follows any more: nobody wants it.
-                let _ = queue.send(Input::Console(bytes.to_vec()));
-            }),
+            // Taken at once, without a queue: the machine's end waits for the console's.
+            console: Box::new(move |bytes| console.lock().feed(bytes)),
             interactive: false,
         };
         qemu::start_outer(self.parts.qemu()?, config, Port { name: PORT, socket: port })
@@ -182,20 +182,59 @@ fn listen(mut line: UnixStream, queue: SyncSender<Input>) -> Result<()> {
         .map_err(|error| Failure::environment(format!("cannot start a thread: {error}")))
 }
 
+/// The outer guest's console. It is not the run's: only what its kernel complains of is of interest.
+///
+/// Its lock is held while bytes are taken or complaints are fetched, and nothing else is waited for meanwhile.
+struct OuterConsole {
+    console: Console,
+    /// Complaints that nobody has fetched yet.
+    complaints: Vec<String>,
+}
+
+impl OuterConsole {
+    fn new(log: Option<File>) -> Self {
+        Self { console: Console::new(log), complaints: Vec::new() }
+    }
+
+    fn feed(&mut self, bytes: &[u8]) {
+        let mut items = Vec::new();
+        self.console.feed(bytes, &mut items);
+        self.take(items);
+    }
+
+    fn take(&mut self, items: Vec<Item>) {
+        for item in items {
+            if let (Item::Splat(splat), true) = (item, self.complaints.len() < MAX_COMPLAINTS) {
+                self.complaints.push(format!("the outer guest's kernel complained: {}", splat.summary));
+            }
+        }
+    }
+
+    /// The complaints since the last call; all that there are if the console has ended.
+    fn fetch(&mut self, ended: bool) -> Vec<String> {
+        if ended {
+            let mut items = Vec::new();
+            self.console.finish(&mut items);
+            self.take(items);
+        }
+        std::mem::take(&mut self.complaints)
+    }
+}
+
 /// A started outer guest.
 struct Following<'a> {
     outside: &'a Outside<'a>,
     machine: Box<dyn Machine>,
     line: UnixStream,
-    console: Console,
+    console: Arc<Mutex<OuterConsole>>,
     log: Option<File>,
     hello: Option<Hello>,
     /// What the inner guest told, for the case that the results never come.
     story: Story,
     violations: Vec<ViolationRecord>,
     results: Option<Box<Results>>,
-    /// What the outer kernel complained of.
-    complaints: Vec<String>,
+    /// What is worth knowing about the outer guest.
+    notes: Vec<String>,
     begin: Instant,
     heard: Instant,
     interrupted_at: Option<Instant>,
@@ -213,13 +252,11 @@ impl Following<'_> {
     fn follow(mut self, inputs: &Receiver<Input>, results: &mut Results) -> Result<()> {
         let lost = self.listen(inputs).err();
         if let Some(Lost::Outer(_)) = &lost {
-            self.last_words(inputs);
+            self.last_words();
         }
         self.machine.kill();
-        let mut items = Vec::new();
-        self.console.finish(&mut items);
-        self.outer_items(items);
-        results.notes.append(&mut self.complaints);
+        self.complaints(true);
+        results.notes.append(&mut self.notes);
         match (self.results.take(), lost) {
             (Some(theirs), _) => adopt(results, *theirs),
             (None, Some(lost)) => self.without_results(lost, results),
@@ -243,6 +280,7 @@ impl Following<'_> {
                 continue;
             }
             last_tick = now;
+            self.complaints(false);
             if self.results.is_some() {
                 let since = *received_at.get_or_insert_with(|| {
                     let _ = Frame::Received.write(&mut self.line);
@@ -253,7 +291,7 @@ impl Following<'_> {
                     return Ok(());
                 }
                 if now.saturating_duration_since(since) >= LAST_WORDS {
-                    self.complaints.push("the outer guest did not switch itself off and was ended".into());
+                    self.notes.push("the outer guest did not switch itself off and was ended".into());
                     return Ok(());
                 }
                 continue;
@@ -308,12 +346,6 @@ impl Following<'_> {
 
     fn input(&mut self, input: Input) -> Result<(), Lost> {
         let frame = match input {
-            Input::Console(bytes) => {
-                let mut items = Vec::new();
-                self.console.feed(&bytes, &mut items);
-                self.outer_items(items);
-                return Ok(());
-            }
             Input::LineEnd(Some(error)) if self.results.is_none() => {
                 return Err(Lost::Outer(format!("what it sent cannot be read: {error}")));
             }
@@ -372,38 +404,21 @@ impl Following<'_> {
         self.outside.events.event(Event::Nested { inner: Box::new(event) });
     }
 
-    /// The outer guest's console is not the run's: only what its kernel complains of is of interest.
-    fn outer_items(&mut self, items: Vec<Item>) {
-        for item in items {
-            if let Item::Splat(splat) = item {
-                let text = format!("the outer guest's kernel complained: {}", splat.summary);
-                self.outside.note(text.clone());
-                if self.complaints.len() < 20 {
-                    self.complaints.push(text);
-                }
+    /// Tells what the outer kernel complained of, as soon as it is known.
+    fn complaints(&mut self, ended: bool) {
+        let fresh = self.console.lock().fetch(ended);
+        for text in fresh {
+            self.outside.note(text.clone());
+            if self.notes.len() < MAX_COMPLAINTS {
+                self.notes.push(text);
             }
         }
     }
 
     /// Lets a lost outer guest say where it hangs.
-    fn last_words(&mut self, inputs: &Receiver<Input>) {
-        if self.machine.wait(Duration::ZERO).is_some() || self.machine.nmi().is_err() {
-            return;
-        }
-        let until = Instant::now() + LAST_WORDS;
-        while let Some(left) = until.checked_duration_since(Instant::now()) {
-            match inputs.recv_timeout(left.min(TICK)) {
-                Ok(Input::Console(bytes)) => {
-                    let mut items = Vec::new();
-                    self.console.feed(&bytes, &mut items);
-                    self.outer_items(items);
-                }
-                Ok(_) | Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
-            }
-            if self.machine.wait(Duration::ZERO).is_some() {
-                return;
-            }
+    fn last_words(&mut self) {
+        if self.machine.wait(Duration::ZERO).is_none() && self.machine.nmi().is_ok() {
+            let _ = self.machine.wait(LAST_WORDS);
         }
     }
 
@@ -414,7 +429,7 @@ impl Following<'_> {
             Lost::Outer(why) => format!("the outer guest was lost: {why}"),
         };
         results.workloads = self.story.results(&why);
-        results.console_tail = self.console.tail(TAIL_LINES);
+        results.console_tail = self.console.lock().console.tail(TAIL_LINES);
         if self.violations.is_empty() {
             let mut failure = Failure::inconclusive(why);
             failure.console_tail.clone_from(&results.console_tail);

@@ -154,6 +154,13 @@ pub(crate) fn run_inside(
     Outcome { results, failure }
 }
 
+/// The results of a run that could not be made.
+pub(crate) fn not_made(config: &RunConfig, failure: &Failure) -> Results {
+    let mut results = blank(config);
+    note_failure(&mut results, failure);
+    results
+}
+
 /// What a guest is booted from, and how long it may take.
 struct Boot<'a> {
     parts: &'a Parts,
