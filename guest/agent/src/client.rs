@@ -173,8 +173,27 @@ impl Context {
                 other => break other.doing("bind")?,
             }
         };
-        device.associate(handle).doing("associate")?;
-        Ok(Self { file, handle })
+        let context = Self { file, handle };
+        match device.associate(handle) {
+            Err(Errno::ESRCH) => context.mirror(device)?,
+            other => other.doing("associate")?,
+        }
+        Ok(context)
+    }
+
+    /// A driver may insert its notifier as late as at the first fault: has the device read a word, and tells the witness then.
+    fn mirror(&self, device: &dyn Device) -> Checked {
+        let map = Mapping::small(PAGE).doing("mmap")?;
+        map.touch(0, PAGE);
+        self.run(Job::strided_read(map.at(0), 1, 8))?.ok().doing("first access")?;
+        match device.associate(self.handle) {
+            Err(Errno::ESRCH) => Err(Failure::reached(
+                self.handle,
+                map.at(0),
+                "the device has read the memory of an address space without a notifier".to_owned(),
+            )),
+            other => other.doing("associate"),
+        }
     }
 
     /// The context's handle.
@@ -291,5 +310,36 @@ impl Context {
     pub(crate) fn must_not_write(&self, map: &Mapping, offset: usize) -> Checked {
         let pattern = Pattern { first: 0xbad, step: 0 };
         self.run(Job::fill(map.at(offset), 8, pattern))?.faulted_at(map.at(offset)).doing("device write")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+
+    use super::*;
+    use crate::device::model::Model;
+
+    /// Its address space has a notifier only after it has been asked for so many times.
+    struct Late(Model, AtomicU32);
+    impl Device for Late {
+        fn open(&self) -> Result<Box<dyn DeviceFile>, Errno> {
+            self.0.open()
+        }
+        fn associate(&self, _: u64) -> Result<(), Errno> {
+            let left = self.1.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1));
+            if left.is_ok() { Err(Errno::ESRCH) } else { Ok(()) }
+        }
+    }
+
+    #[test]
+    fn a_notifier_may_come_with_the_first_access_and_not_later() {
+        for (refusals, fine) in [(0, true), (1, true), (2, false)] {
+            let bound = Context::bind(&Late(Model::default(), AtomicU32::new(refusals)));
+            match bound {
+                Ok(_) => assert!(fine),
+                Err(failure) => assert!(!fine && matches!(failure, Failure::Mismatch(..)), "{failure}"),
+            }
+        }
     }
 }
