@@ -255,6 +255,8 @@
 #define WITNESS_REC_NOTIFIER_ADDED 0xa
 /* A notifier was removed from it: arg0 1 = list, 2 = interval. */
 #define WITNESS_REC_NOTIFIER_REMOVED 0xb
+/* The module is about to be unloaded, and for a second no task has used it; yet it has not been released. */
+#define WITNESS_REC_MM_STRANDED 0xc
 
 /* Handles: index in bits 0-23, kind in 24-31, generation in 32-63. */
 #define VGPU_HANDLE_INDEX(h) ((u32)((h) & 0xffffff))

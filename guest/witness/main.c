@@ -108,6 +108,7 @@ static void witness_unbind(struct pci_dev *pdev)
 {
 	chardev_unregister(pdev);
 	heartbeat_stop();
+	mm_table_report_stranded();
 	moments_unregister();
 	witness_report(WITNESS_REC_BYE, 0, moments_missed(), 0, 0, 0);
 	mm_table_close();

@@ -3,18 +3,21 @@
  * The mirrored address spaces: which mm has which id, and how far its end has
  * come.
  *
- * An mm is never held and never looked into: its address is a key, valid until
- * its subscriptions are destroyed. Everything happens in probe handlers, so
+ * An mm is never held, and here never looked into: its address is a key, valid
+ * until its subscriptions are destroyed. Nearly all is done in probe handlers, so
  * entries are allocated beforehand, and the lock is a raw spinlock. It is held
  * across the reports: they must reach the host in the order of the changes,
  * MM_BEGIN before all else and MM_END after all else of an id.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+#include <linux/delay.h>
 #include <linux/errno.h>
 #include <linux/hashtable.h>
 #include <linux/list.h>
 #include <linux/mm.h>
+#include <linux/rcupdate.h>
+#include <linux/sched/signal.h>
 #include <linux/spinlock.h>
 #include <linux/string.h>
 
@@ -28,7 +31,7 @@
  * enum mm_state - how far the end of an address space has come
  * @MM_LIVE: not at all
  * @MM_RELEASED: the release notifiers have been called
- * @MM_UNMAPPED: exit's full-range UNMAP has started
+ * @MM_UNMAPPED: exit's full-range UNMAP has started, or there was nothing to unmap
  */
 enum mm_state {
 	MM_LIVE,
@@ -233,8 +236,9 @@ void mm_table_removed(const struct mm_struct *mm, u64 id,
 /**
  * mm_table_released - the release notifiers have been called
  * @mm: for this mm
+ * @empty: nothing is mapped in it, so that no UNMAP will follow
  */
-void mm_table_released(const struct mm_struct *mm)
+void mm_table_released(const struct mm_struct *mm, bool empty)
 {
 	struct mirrored_mm *entry;
 	unsigned long flags;
@@ -242,7 +246,7 @@ void mm_table_released(const struct mm_struct *mm)
 	raw_spin_lock_irqsave(&table_lock, flags);
 	entry = find(mm);
 	if (entry && entry->state == MM_LIVE) {
-		entry->state = MM_RELEASED;
+		entry->state = empty ? MM_UNMAPPED : MM_RELEASED;
 		witness_report(WITNESS_REC_MM_RELEASED, entry->id, 0, 0, 0, 0);
 	}
 	raw_spin_unlock_irqrestore(&table_lock, flags);
@@ -333,6 +337,60 @@ int mm_table_associate(const struct mm_struct *mm, u64 ctx)
 		witness_report(WITNESS_REC_ASSOCIATE, entry->id, ctx, 0, 0, 0);
 	raw_spin_unlock_irqrestore(&table_lock, flags);
 	return entry ? 0 : -ESRCH;
+}
+
+static bool has_task(const struct mm_struct *mm)
+{
+	struct task_struct *process, *task;
+	bool has = false;
+
+	rcu_read_lock();
+	for_each_process_thread(process, task) {
+		/* A kernel thread that has borrowed it counts too. */
+		if (READ_ONCE(task->mm) == mm)
+			has = true;
+	}
+	rcu_read_unlock();
+	return has;
+}
+
+static bool find_stranded(bool report)
+{
+	struct mirrored_mm *entry;
+	unsigned long flags;
+	bool any = false;
+	int bucket;
+
+	raw_spin_lock_irqsave(&table_lock, flags);
+	hash_for_each(table, bucket, entry, node) {
+		if (entry->state != MM_LIVE || has_task(entry->mm))
+			continue;
+		any = true;
+		if (report)
+			witness_report(WITNESS_REC_MM_STRANDED, entry->id,
+				       0, 0, 0, 0);
+	}
+	raw_spin_unlock_irqrestore(&table_lock, flags);
+	return any;
+}
+
+/**
+ * mm_table_report_stranded - report mms that nobody uses and nobody releases
+ *
+ * A task lets go of its mm a little before it drops its reference, and the last
+ * one may be dropped by a worker: so it waits a second for them. The probes
+ * still run. Context: may sleep.
+ */
+void mm_table_report_stranded(void)
+{
+	unsigned int i;
+
+	for (i = 0; i < 10; i++) {
+		if (!find_stranded(false))
+			return;
+		msleep(100);
+	}
+	find_stranded(true);
 }
 
 /**

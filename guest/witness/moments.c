@@ -9,6 +9,7 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/kernel.h>
+#include <linux/mm_types.h>
 #include <linux/mmu_notifier.h>
 
 #include "probe.h"
@@ -104,12 +105,14 @@ static bool release_entry(struct witness_call *call, unsigned long mm,
 			  unsigned long unused)
 {
 	call->mm = (const struct mm_struct *)mm;
+	/* Its last user is at its end: nobody maps anything in it any more. */
+	call->empty = !READ_ONCE(call->mm->map_count);
 	return READ_ONCE(started) && mm_table_has(call->mm);
 }
 
 static void release_exit(struct witness_call *call, unsigned long result)
 {
-	mm_table_released(call->mm);
+	mm_table_released(call->mm, call->empty);
 }
 
 /*

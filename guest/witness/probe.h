@@ -13,10 +13,12 @@ struct mm_struct;
  * struct witness_call - what a probe remembers from a call's entry to its exit
  * @mm: the address space; a key only, since it can be gone at the exit
  * @id: its id, where the probe's entry has looked it up
+ * @empty: it had no mapping, where the probe's entry has looked
  */
 struct witness_call {
 	const struct mm_struct *mm;
 	u64 id;
+	bool empty;
 };
 
 /**

@@ -34,11 +34,12 @@ void mm_table_added(const struct mm_struct *mm, enum witness_notifier sort);
 u64 mm_table_removing(const struct mm_struct *mm, enum witness_notifier sort);
 void mm_table_removed(const struct mm_struct *mm, u64 id,
 		      enum witness_notifier sort);
-void mm_table_released(const struct mm_struct *mm);
+void mm_table_released(const struct mm_struct *mm, bool empty);
 bool mm_table_awaits_unmap(const struct mm_struct *mm);
 void mm_table_unmapped(const struct mm_struct *mm);
 void mm_table_end(const struct mm_struct *mm);
 int mm_table_associate(const struct mm_struct *mm, u64 ctx);
+void mm_table_report_stranded(void);
 u64 mm_table_missed(void);
 
 /* moments.c: the probes that feed the table. */

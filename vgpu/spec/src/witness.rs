@@ -54,4 +54,6 @@ crate::constants! {
     NOTIFIER_ADDED: u32 = 10;
     /// A notifier was removed from it: arg0 1 = list, 2 = interval.
     NOTIFIER_REMOVED: u32 = 11;
+    /// The module is about to be unloaded, and for a second no task has used it; yet it has not been released.
+    MM_STRANDED: u32 = 12;
 }

@@ -14,8 +14,13 @@ impl Device {
     pub(crate) fn view(&self, ctx: Handle) -> Option<ContextView> {
         let context = self.contexts.get(ctx.index() as usize)?;
         let released = context.state_of(ctx)? == State::Released;
-        let mut view =
-            ContextView { released, parked_faults: self.faults.parked(Some(ctx)), ..ContextView::default() };
+        let mut view = ContextView {
+            released,
+            // Counts go before the jobs of a destroyed queue have ended: an access of them is still seen in flight.
+            queueless: context.queues.load(SeqCst) == 0,
+            parked_faults: self.faults.parked(Some(ctx)),
+            ..ContextView::default()
+        };
         if !released {
             let root = context.root.load(SeqCst);
             // No tree of distinct tables is larger; one that a driver has tied in knots is cut off.

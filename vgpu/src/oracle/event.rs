@@ -196,6 +196,8 @@ pub enum DeviceEvent {
 pub struct ContextView {
     /// It is Released: nothing is translated for it any more.
     pub released: bool,
+    /// It has no queue: nothing can be translated for it until it is given one.
+    pub queueless: bool,
     /// Valid leaves that a walk can reach; 0 if released or without a root.
     pub live_leaves: u64,
     /// The first of them: address and entry.

@@ -174,7 +174,7 @@ impl Oracle {
         match record.kind {
             witness::HELLO => self.state.lock().hello(),
             witness::HEARTBEAT => self.heartbeat(record.arg[1]),
-            witness::MM_BEGIN => self.state.lock().begin(record.mm, record.tgid),
+            witness::MM_BEGIN => self.state.lock().begin(record.mm, record.tgid, &self.watched),
             witness::NOTIFIER_ADDED => self.state.lock().notifier(record.mm, 1, &self.watched),
             witness::NOTIFIER_REMOVED => self.state.lock().notifier(record.mm, -1, &self.watched),
             witness::ASSOCIATE => self.associate(record.mm, Handle(arg)),
@@ -184,7 +184,8 @@ impl Oracle {
                 self.look(record.mm, Moment::End);
                 self.state.lock().end(record.mm);
             }
-            witness::BYE => self.state.lock().bye(arg),
+            witness::MM_STRANDED => self.left(|state, found| state.stranded(record.mm, found)),
+            witness::BYE => self.left(|state, found| state.bye(arg, found)),
             witness::MESSAGE => {}
             _ => self.state.lock().bad_records += 1,
         }
@@ -193,6 +194,13 @@ impl Oracle {
     /// The witness announced a record that cannot be read or is none.
     pub(crate) fn bad_record(&self) {
         self.state.lock().bad_records += 1;
+    }
+
+    /// The witness goes: what is still there is judged.
+    fn left(&self, judge: impl FnOnce(&mut State, &mut Vec<Finding>)) {
+        let mut found = Vec::new();
+        judge(&mut self.state.lock(), &mut found);
+        self.raise(found);
     }
 
     fn inspect(&self, ctx: Handle) -> Option<ContextView> {

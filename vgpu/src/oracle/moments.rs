@@ -30,13 +30,44 @@ impl State {
     }
 
     /// The witness module is unloaded: a device turned off from now on may just as well be a machine that is.
-    pub(super) fn bye(&mut self, missed: u64) {
+    ///
+    /// If the driver went before, it has left nobody to be called.
+    pub(super) fn bye(&mut self, missed: u64, found: &mut Vec<Finding>) {
         self.probes_missed = self.probes_missed.max(missed);
         self.gone = true;
+        if !self.off || self.probes_missed > 0 {
+            return;
+        }
+        for (&id, mm) in &self.mms {
+            if mm.had_context && mm.released && mm.counted && mm.notifiers > 0 {
+                let text = format!(
+                    "the driver is gone, but of the notifiers it inserted for {} {} were never removed",
+                    self.mm_name(Some(id)),
+                    mm.notifiers
+                );
+                found.push(Finding::of_mm(Rule::UnregisterLeak, id, text));
+            }
+        }
+    }
+
+    /// The witness is about to be unloaded and finds an address space that no task uses and that was never released.
+    pub(super) fn stranded(&mut self, id: u64, found: &mut Vec<Finding>) {
+        match self.mms.get(&id) {
+            Some(mm) if mm.released => self.bad_records += 1,
+            Some(mm) if mm.had_context && self.off => {
+                let text = format!(
+                    "the driver is gone, and so are the tasks of {}, but it was never released: somebody has kept a reference (mmget without mmput)",
+                    self.mm_name(Some(id))
+                );
+                found.push(Finding::of_mm(Rule::UnregisterLeak, id, text));
+            }
+            Some(_) => {}
+            None => self.bad_records += 1,
+        }
     }
 
     /// An address space has its first notifier.
-    pub(super) fn begin(&mut self, mm: u64, tgid: u32) {
+    pub(super) fn begin(&mut self, mm: u64, tgid: u32, watched: &Watched) {
         if mm == 0 || self.mms.contains_key(&mm) {
             self.bad_records += 1;
             return;
@@ -48,9 +79,12 @@ impl State {
         }
         self.mms.insert(mm, Mm { tgid, ..Mm::default() });
         self.alive.insert(mm);
-        for context in self.contexts.values_mut().filter(|context| !context.associated) {
+        for (&handle, context) in self.contexts.iter_mut().filter(|(_, context)| !context.associated) {
             context.seen = match context.seen {
-                Seen::None => Seen::One(mm),
+                Seen::None => {
+                    watched.clear(Handle(handle));
+                    Seen::One(mm)
+                }
                 Seen::One(one) if one == mm => Seen::One(mm),
                 _ => Seen::Many,
             };
@@ -97,7 +131,7 @@ impl State {
     /// A workload says whose the context is; `live` if the device knows a context that this state does not.
     pub(super) fn associate(&mut self, id: u64, ctx: Handle, live: bool, watched: &Watched) {
         if live && !self.knows(ctx) {
-            self.bind(ctx);
+            self.bind(ctx, watched);
         }
         let alive = self.alive.contains(&id);
         match self.contexts.get(&ctx.0) {
@@ -265,9 +299,11 @@ struct Left {
 
 impl Left {
     /// `only_accesses`: leaves by themselves do no harm, for the context was released on the device (and may be on its way to
-    /// Free), or the driver has no notifier any more, so that release was not meant for it.
+    /// Free), or the driver has no notifier any more, so that release was not meant for it. Neither do they where no queue is
+    /// left that could use them: of several contexts on an address space one may have been closed before, its notifier gone and
+    /// the others' not.
     fn of(view: &ContextView, only_accesses: bool) -> Option<Self> {
-        let mappings = !view.released && !only_accesses;
+        let mappings = !view.released && !view.queueless && !only_accesses;
         let mut what = Vec::new();
         let (mut va, mut frame) = (None, None);
         let mut place = |at: Option<(u64, u64)>| {

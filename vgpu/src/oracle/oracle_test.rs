@@ -156,6 +156,65 @@ fn a_stale_context_is_touched_and_a_made_up_one_unknown() {
     assert_eq!(b.oracle.violations()[2].count, 4);
 }
 
+fn off() -> E {
+    E::Disabled { leak: Leak::default(), contexts_live: 0 }
+}
+
+#[test]
+fn a_notifier_left_by_a_driver_that_is_gone_is_a_leak() {
+    let left = |removed: bool, gone: bool, missed: u64| {
+        let b = bench();
+        b.mirror(1, ctx(0, 1));
+        b.stop(ctx(0, 1));
+        b.exit(1);
+        if removed {
+            b.say(witness::NOTIFIER_REMOVED, 1, 2);
+        }
+        b.unbind(ctx(0, 1));
+        if gone {
+            b.oracle.event(off());
+        }
+        b.say(witness::BYE, 0, missed);
+        b
+    };
+    // Somebody else may hold the mm itself for as long as he likes: no end, and no leak.
+    left(true, true, 0).clean();
+    left(false, false, 0).clean();
+    left(false, true, 1).clean();
+    let b = left(false, true, 0);
+    assert_eq!(b.rules(), ["unregister/leak"]);
+    let summary = &b.oracle.violations()[0].summary;
+    assert!(summary.contains("address space 1 (process 40) 1 were never removed"), "{summary}");
+}
+
+#[test]
+fn an_address_space_that_nobody_uses_and_nobody_releases_is_a_leak() {
+    let stranded = |context: bool, gone: bool| {
+        let b = bench();
+        b.begin(1);
+        if context {
+            b.bind(ctx(0, 1));
+            b.say(witness::ASSOCIATE, 1, ctx(0, 1).0);
+            b.stop(ctx(0, 1));
+            b.unbind(ctx(0, 1));
+        }
+        b.say(witness::NOTIFIER_REMOVED, 1, 2);
+        if gone {
+            b.oracle.event(off());
+        }
+        b.say(witness::MM_STRANDED, 1, 0);
+        b.say(witness::BYE, 0, 0);
+        b
+    };
+    stranded(false, true).clean();
+    stranded(true, false).clean();
+    let b = stranded(true, true);
+    assert_eq!(b.rules(), ["unregister/leak"]);
+    assert!(b.oracle.violations()[0].summary.contains("was never released"));
+    b.say(witness::MM_STRANDED, 7, 0);
+    assert_eq!(b.oracle.counters().bad_records, 1);
+}
+
 #[test]
 fn what_is_left_behind_is_a_leak() {
     let b = bench();

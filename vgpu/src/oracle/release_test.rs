@@ -163,6 +163,40 @@ fn a_context_on_its_way_to_free_is_clean() {
 }
 
 #[test]
+fn a_context_without_queues_does_no_harm_until_it_is_used() {
+    let b = bench();
+    let (closed, open) = (ctx(0, 1), ctx(1, 1));
+    b.mirror(1, closed);
+    b.say(witness::NOTIFIER_ADDED, 1, 2);
+    b.bind(open);
+    b.say(witness::ASSOCIATE, 1, open.0);
+    b.map(closed, VA);
+    b.map(open, VA);
+    // One is closed: queues gone, notifier gone, tables still to be returned by a worker when the process exits.
+    let quiet =
+        |queueless| ContextView { queueless, live_leaves: 1, tlb_entries: 1, ..ContextView::default() };
+    b.set(closed, quiet(true));
+    b.say(witness::NOTIFIER_REMOVED, 1, 2);
+    b.stop(open);
+    b.exit(1);
+    b.clean();
+    b.access(closed);
+    assert_eq!(b.rules(), ["release/revived"]);
+    // With a queue the same is late.
+    let b = bench();
+    b.mirror(1, closed);
+    b.set(closed, quiet(false));
+    b.say(witness::MM_RELEASED, 1, 0);
+    assert_eq!(b.rules(), ["release/late"]);
+    // And so is an access that is not over when its queue has gone.
+    let b = bench();
+    b.mirror(1, closed);
+    b.set(closed, ContextView { in_flight: Some(VA), ..quiet(true) });
+    b.say(witness::MM_RELEASED, 1, 0);
+    assert_eq!(b.rules(), ["release/late"]);
+}
+
+#[test]
 fn nothing_is_revived() {
     let b = bench();
     let (c, d) = (ctx(0, 1), ctx(1, 1));
@@ -251,6 +285,18 @@ fn a_lone_context_is_paired_without_a_word() {
         assert_eq!(b.oracle.counters().unassociated_contexts, 0);
         assert_eq!(b.oracle.counters().address_spaces, 1);
     }
+}
+
+#[test]
+fn a_context_of_the_drivers_own_is_nobodys() {
+    let b = bench();
+    // For copies, say: it maps VRAM before anybody is mirrored, and stays. The process never gets as far as a context.
+    b.bind(ctx(0, 1));
+    b.map(ctx(0, 1), VA);
+    b.begin(1);
+    b.exit(1);
+    b.clean();
+    assert_eq!(b.oracle.counters().unassociated_contexts, 1);
 }
 
 #[test]

@@ -48,7 +48,7 @@ rules! {
     ReleaseTwice = "release/twice";
     /// After unregister nothing names the context, and no access goes through it.
     UnregisterTouch = "unregister/touch";
-    /// Unregister and unload leave no page, queue or fault behind.
+    /// Unregister and unload leave no page, queue, fault or notifier behind, and no reference to an address space.
     UnregisterLeak = "unregister/leak";
     /// No stale or made-up handle is used.
     UnknownHandle = "context/unknown-handle";

@@ -31,6 +31,13 @@ pub(super) struct Finding {
     pub(super) summary: String,
 }
 
+impl Finding {
+    /// One about an address space as a whole.
+    pub(super) fn of_mm(rule: Rule, id: u64, summary: String) -> Self {
+        Self { rule, ctx: None, mm: Some(id), va: None, frame: None, summary }
+    }
+}
+
 /// Contexts whose accesses have to be looked at, readable without a lock.
 ///
 /// One word a context index: the handle, or 0. An engine publishes its access as in flight and then reads the word; the
@@ -128,6 +135,8 @@ pub(super) struct State {
     pub(super) answered: BTreeSet<u64>,
     /// The witness has said goodbye.
     pub(super) gone: bool,
+    /// The driver has turned the device off, and has not bound a context since.
+    pub(super) off: bool,
     pub(super) heartbeats: u64,
     pub(super) probes_missed: u64,
     pub(super) bound: u64,
@@ -154,6 +163,7 @@ impl State {
             faults: BTreeMap::new(),
             answered: BTreeSet::new(),
             gone: false,
+            off: false,
             heartbeats: 0,
             probes_missed: 0,
             bound: 0,
@@ -189,7 +199,7 @@ impl State {
     pub(super) fn device(&mut self, event: &DeviceEvent, watched: &Watched, found: &mut Vec<Finding>) {
         use DeviceEvent as E;
         match *event {
-            E::ContextBound { ctx, .. } => self.bind(ctx),
+            E::ContextBound { ctx, .. } => self.bind(ctx, watched),
             E::ContextReleased { ctx } => {
                 if let Some(context) = self.contexts.get_mut(&ctx.0) {
                     context.released = true;
@@ -224,6 +234,7 @@ impl State {
                 self.answered(fault);
             }
             E::Disabled { leak, contexts_live } => {
+                self.off = true;
                 self.faults.clear();
                 self.answered.clear();
                 if !self.gone && (contexts_live > 0 || !leak.is_clean()) {
@@ -242,6 +253,7 @@ impl State {
                 }
             }
             E::Reset => {
+                self.off = true;
                 // With the witness gone the machine is being turned off.
                 if !self.gone {
                     self.contexts_lost += self.contexts.len() as u64;
@@ -259,7 +271,7 @@ impl State {
         }
     }
 
-    pub(super) fn bind(&mut self, ctx: Handle) {
+    pub(super) fn bind(&mut self, ctx: Handle, watched: &Watched) {
         if self.contexts.contains_key(&ctx.0) {
             return; // an association was faster than the event
         }
@@ -283,6 +295,10 @@ impl State {
         };
         self.contexts.insert(ctx.0, fresh);
         self.bound += 1;
+        self.off = false;
+        if seen == Seen::None {
+            watched.set(ctx); // for its leaves, see leaf_set()
+        }
     }
 
     fn bad_handle(
@@ -318,6 +334,12 @@ impl State {
     }
 
     fn leaf_set(&mut self, ctx: Handle, va: u64, entry: u64, found: &mut Vec<Finding>) {
+        if let Some(context) = self.contexts.get_mut(&ctx.0) {
+            if entry & pte::VALID != 0 && context.seen == Seen::None {
+                // It maps something while no address space is mirrored: it is the driver's own, for copies or page tables.
+                context.seen = Seen::Many;
+            }
+        }
         let Some(context) = self.contexts.get(&ctx.0) else { return };
         // What is written into the tables of a context that the device has Released maps nothing.
         if entry & pte::VALID == 0 || context.released || matches!(context.after, After::Alive) {

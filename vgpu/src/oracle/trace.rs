@@ -214,6 +214,7 @@ fn witness(out: &mut String, record: &witness::Record) -> std::fmt::Result {
         witness::MM_BEGIN => write!(out, "address space {mm} begins, {} notifier", kind(arg)),
         witness::MM_RELEASED => write!(out, "release has returned for address space {mm}"),
         witness::MM_UNMAPPED => write!(out, "exit's full-range UNMAP has returned for address space {mm}"),
+        witness::MM_STRANDED => write!(out, "address space {mm} has no task left, and is not released"),
         witness::MM_END => write!(out, "address space {mm} ends"),
         witness::ASSOCIATE => write!(out, "address space {mm} is mirrored by {}", Handle(arg)),
         witness::NOTIFIER_ADDED => write!(out, "address space {mm} gets a {} notifier", kind(arg)),
