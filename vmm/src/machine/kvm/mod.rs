@@ -296,12 +296,8 @@ impl KvmMachine {
         let ports = Arc::new(Ports { serial, pci: Arc::clone(&board.pci) });
         for (index, fd) in (0..cpus).zip(vcpus) {
             let (ports, shared) = (Arc::clone(&ports), Arc::clone(&machine.shared));
-<<<<<<< HEAD
-            let vcpu = Vcpu { index, fd, ports, shared, undelivered: 0 };
-=======
             let retries = if emulated_svm { vcpu::EMULATED_RETRIES } else { 0 };
             let vcpu = Vcpu { index, fd, ports, shared, retries };
->>>>>>> 784f44ba4e50d0d0996cea50c42654dc372be500
             let (shared, filter) = (Arc::clone(&machine.shared), filters.vcpu.clone());
             let run = move || match seccomp::apply(&filter) {
                 Ok(()) => vcpu.run(),

@@ -13,9 +13,6 @@ use parking_lot::{Condvar, Mutex};
 use super::cpu;
 use super::ports::{Ports, Wish};
 
-/// After so many in a row of what [`Vcpu::goes_on`] forgives, it is a failure.
-const MAX_UNDELIVERED: u32 = 100;
-
 /// Why the machine ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Ending {
@@ -131,13 +128,8 @@ pub(super) struct Vcpu {
     pub(super) fd: VcpuFd,
     pub(super) ports: Arc<Ports>,
     pub(super) shared: Arc<Shared>,
-<<<<<<< HEAD
-    /// How often in a row KVM has given up an exit because an event was being delivered.
-    pub(super) undelivered: u32,
-=======
     /// How often KVM may still fail to deliver an event into a register access: see [`EMULATED_RETRIES`].
     pub(super) retries: u32,
->>>>>>> 784f44ba4e50d0d0996cea50c42654dc372be500
 }
 
 /// On QEMU's emulated SVM an exit for a register access can say that it happened while an event was delivered (seen with two
@@ -166,28 +158,14 @@ impl Vcpu {
         }
     }
 
-    /// Whether an exit is one that KVM gave up because the processor said that an event was being delivered meanwhile. The
-    /// translator's SVM says so of accesses to functions where it is not true. KVM has put the event back and the instruction has
-    /// not been carried out: the processor goes on, and at worst an interrupt's handler runs once for nothing.
-    fn goes_on(&mut self) -> bool {
-        let run = self.fd.get_kvm_run();
-        #[allow(unsafe_code)] // a union of the kernel's
-        // SAFETY: the last exit was an internal error, which fills this member; all its bits are numbers.
-        let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
-        self.undelivered += 1;
-        suberror == KVM_INTERNAL_ERROR_DELIVERY_EV && self.undelivered < MAX_UNDELIVERED
-    }
-
     /// Until the next exit, which is dealt with.
     fn once(&mut self) -> Option<Ending> {
         let failure = match self.fd.run() {
             Ok(VcpuExit::MmioWrite(address, data)) => {
-                self.undelivered = 0;
                 self.ports.pci.memory_write(address, data);
                 return None;
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
-                self.undelivered = 0;
                 self.ports.pci.memory_read(address, data);
                 return None;
             }
@@ -205,12 +183,6 @@ impl Vcpu {
             Err(error) if matches!(error.errno(), EINTR | EAGAIN) => return None,
             Ok(VcpuExit::FailEntry(reason, _)) => format!("it cannot be entered, reason {reason:#x}"),
             Ok(VcpuExit::InternalError) => {
-<<<<<<< HEAD
-                if self.goes_on() {
-                    return None;
-                }
-                self.internal_error()
-=======
                 let (suberror, text) = self.internal_error();
                 // KVM has put the event back, and delivers it again before the access is repeated.
                 if suberror == KVM_INTERNAL_ERROR_DELIVERY_EV && self.retries > 0 {
@@ -218,7 +190,6 @@ impl Vcpu {
                     return None;
                 }
                 text
->>>>>>> 784f44ba4e50d0d0996cea50c42654dc372be500
             }
             Ok(other) => format!("it stopped for no known reason: {other:?}"),
             Err(error) => format!("it cannot run: {error}"),
