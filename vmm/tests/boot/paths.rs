@@ -13,6 +13,19 @@ fn a_fault_buffer_that_overflows_loses_no_fault() {
     assert!(finished.counter("fault_overflows") >= 10, "{}", finished.counter("fault_overflows"));
 }
 
+/// Two that were accused, or could not be tried at all: a context that is quiet when its process exits, and a notifier that comes with
+/// the first fault.
+#[test]
+fn drivers_of_another_style_run_clean() {
+    let _one = machine();
+    for (patch, seed) in [("quiet-close", "7"), ("lazy-notifier", "11")] {
+        let patch = repository().join(format!("guest/benign/{patch}.patch"));
+        let patch = patch.to_str().expect("a UTF-8 path");
+        let finished = run(["unregister", "release", "--patch", patch, "--seed", seed, "--iterations", "1"]);
+        finished.expect_status(0);
+    }
+}
+
 #[test]
 fn a_device_that_is_taken_away_or_reset_under_open_files_does_no_harm() {
     let _one = machine();
