@@ -54,6 +54,8 @@ impl State {
     pub(super) fn stranded(&mut self, id: u64, found: &mut Vec<Finding>) {
         match self.mms.get(&id) {
             Some(mm) if mm.released => self.bad_records += 1,
+            // Its release may be what was missed.
+            Some(_) if self.probes_missed > 0 => {}
             Some(mm) if mm.had_context && self.off => {
                 let text = format!(
                     "the driver is gone, and so are the tasks of {}, but it was never released: somebody has kept a reference (mmget without mmput)",

@@ -189,7 +189,7 @@ fn a_notifier_left_by_a_driver_that_is_gone_is_a_leak() {
 
 #[test]
 fn an_address_space_that_nobody_uses_and_nobody_releases_is_a_leak() {
-    let stranded = |context: bool, gone: bool| {
+    let stranded = |context: bool, gone: bool, missed: u64| {
         let b = bench();
         b.begin(1);
         if context {
@@ -202,13 +202,15 @@ fn an_address_space_that_nobody_uses_and_nobody_releases_is_a_leak() {
         if gone {
             b.oracle.event(off());
         }
+        b.oracle.witness(&Record { kind: witness::HEARTBEAT, arg: [1, missed, 0, 0], ..Record::default() });
         b.say(witness::MM_STRANDED, 1, 0);
         b.say(witness::BYE, 0, 0);
         b
     };
-    stranded(false, true).clean();
-    stranded(true, false).clean();
-    let b = stranded(true, true);
+    stranded(false, true, 0).clean();
+    stranded(true, false, 0).clean();
+    stranded(true, true, 1).clean();
+    let b = stranded(true, true, 0);
     assert_eq!(b.rules(), ["unregister/leak"]);
     assert!(b.oracle.violations()[0].summary.contains("was never released"));
     b.say(witness::MM_STRANDED, 7, 0);
