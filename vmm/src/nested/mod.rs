@@ -13,7 +13,7 @@
 //! | [`inside`] | PID 1 of the outer guest | loads KVM, makes the run, sends what happens, switches off |
 //! | [`frame`] | between them | a virtio-serial port with bounded frames |
 //!
-//! Why it is set up as it is: `docs/decisions/0010-nested.md`.
+//! Why it is set up as it is: `docs/decisions/0007-nested.md`.
 
 pub mod frame;
 pub mod image;

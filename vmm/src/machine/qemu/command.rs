@@ -21,7 +21,7 @@ const FIRST_SLOT: usize = 4;
 ///   with it everything that needs it.
 /// - Five-level paging makes every nested walk longer for nothing.
 ///
-/// The whole story is in docs/decisions/0010-nested.md.
+/// The whole story is in docs/decisions/0007-nested.md.
 const OUTER_CPU: &str = "max,+svm,-xsave,-xsaveopt,-xsavec,-xsaves,-xgetbv1,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq,-pku,-pks,-mpx,-la57";
 
 /// What the arguments are made of.
