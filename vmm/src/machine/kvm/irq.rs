@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Message-signalled interrupts: vectors as event file descriptors that KVM routes.
 //!
-//! Raising takes no lock and never blocks. Locks, in order: [`Messages::setup`], then [`Routes::table`].
+//! Raising takes no lock and never blocks. Locks, in order: [`Messages::setup`], then [`Routes::table`] or whatever
+//! [`Outside`] locks.
+//!
+//! The vectors of a passed-through device are signalled by the host's kernel ([`Outside`]), which knows no masks. So a masked
+//! one is not connected to KVM: its signals stay in its event file descriptor, which is then the pending bit, and KVM takes
+//! them when it is connected again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -62,10 +67,18 @@ impl Routes {
     }
 }
 
+/// Somebody else who signals vectors: the host's kernel, for a device that it hands over.
+pub(super) trait Outside: Send + Sync {
+    /// Lets the device's interrupts of this kind signal these vectors, or none any more. Called with a set-up's lock held.
+    fn signal(&self, kind: &MsiSetup, vectors: &[&EventFd]);
+}
+
 /// One vector: signalled by whoever raises it, routed by KVM.
 struct Vector {
     event: EventFd,
     number: u32,
+    /// Signalled by [`Outside`], and connected to KVM only while it is not masked.
+    outside: bool,
     /// Raised vectors stay pending while this is set.
     masked: AtomicBool,
     pending: AtomicBool,
@@ -84,15 +97,40 @@ impl Vector {
         let _ = self.event.write(1);
     }
 
-    fn unmask(&self) {
+    fn unmask(&self, host: &dyn Host) {
+        if self.outside {
+            if self.masked.load(SeqCst) && host.connect(&self.event, self.number).is_ok() {
+                self.masked.store(false, SeqCst);
+            }
+            return;
+        }
         self.masked.store(false, SeqCst);
         if self.pending.swap(false, SeqCst) {
             let _ = self.event.write(1);
         }
     }
 
-    fn mask(&self) {
-        self.masked.store(true, SeqCst);
+    fn mask(&self, host: &dyn Host) {
+        if !self.masked.swap(true, SeqCst) && self.outside {
+            host.disconnect(&self.event, self.number);
+        }
+    }
+
+    fn is_pending(&self) -> bool {
+        if !self.outside {
+            return self.pending.load(SeqCst);
+        }
+        // Taken and put back: should it be connected in between, putting it back signals.
+        let taken = self.masked.load(SeqCst).then(|| self.event.read());
+        matches!(taken, Some(Ok(count)) if self.event.write(count).is_ok())
+    }
+
+    fn forget(&self) {
+        self.pending.store(false, SeqCst);
+        if self.outside {
+            // Fails if there was nothing.
+            let _ = self.event.read();
+        }
     }
 }
 
@@ -109,32 +147,43 @@ pub(super) struct Messages {
     vectors: Vec<Vector>,
     /// Held while vectors are set up, never while the function is called.
     setup: Mutex<Setup>,
+    outside: Option<Arc<dyn Outside>>,
     /// How many vectors are in use: 0 off; a vector raised beyond them is sent as the remainder if `folds` (MSI).
     used: AtomicU16,
     folds: AtomicBool,
 }
 
 impl Messages {
-    /// For a function that raises so many vectors.
-    pub(super) fn new(host: &Arc<dyn Host>, routes: &Arc<Routes>, vectors: u16) -> io::Result<Arc<Self>> {
+    /// For a function that raises so many vectors, or for which `outside` does.
+    pub(super) fn new(
+        host: &Arc<dyn Host>,
+        routes: &Arc<Routes>,
+        vectors: u16,
+        outside: Option<Arc<dyn Outside>>,
+    ) -> io::Result<Arc<Self>> {
+        let signalled = outside.is_some();
         let mut messages = Self {
             host: Arc::clone(host),
             routes: Arc::clone(routes),
             vectors: Vec::new(),
             setup: Mutex::new(Setup { msi: MsiSetup::default(), table: MsixTable::new(vectors) }),
+            outside,
             used: AtomicU16::new(0),
             folds: AtomicBool::new(false),
         };
         for _ in 0..vectors {
             let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
             let number = routes.allocate()?;
-            if let Err(error) = host.connect(&event, number) {
-                routes.free(number);
-                return Err(error);
+            if !signalled {
+                if let Err(error) = host.connect(&event, number) {
+                    routes.free(number);
+                    return Err(error);
+                }
             }
             messages.vectors.push(Vector {
                 event,
                 number,
+                outside: signalled,
                 masked: AtomicBool::new(true),
                 pending: AtomicBool::new(false),
             });
@@ -181,7 +230,7 @@ impl Messages {
     /// Pending bits of up to 32 vectors from `first` on.
     pub(super) fn pending_bits(&self, first: usize) -> u32 {
         let from = self.vectors.get(first..).unwrap_or_default().iter().take(32);
-        from.enumerate().fold(0, |bits, (i, v)| bits | u32::from(v.pending.load(SeqCst)) << i)
+        from.enumerate().fold(0, |bits, (i, v)| bits | u32::from(v.is_pending()) << i)
     }
 
     /// Raises each vector whose bit is set.
@@ -194,21 +243,30 @@ impl Messages {
         let used = msi.vectors().min(self.vectors.len() as u16);
         if used == 0 {
             self.used.store(0, SeqCst);
+            if let Some(outside) = &self.outside {
+                outside.signal(&MsiSetup::Off, &[]);
+            }
             for vector in &self.vectors {
-                vector.mask();
-                vector.pending.store(false, SeqCst);
+                vector.mask(&*self.host);
+                vector.forget();
             }
             return;
         }
         for (index, vector) in (0..used).zip(&self.vectors) {
             match msi.message(index, table) {
                 // A message that KVM does not take is one that no processor would have got.
-                Some(message) if self.routes.set(vector.number, message).is_ok() => vector.unmask(),
-                _ => vector.mask(),
+                Some(message) if self.routes.set(vector.number, message).is_ok() => {
+                    vector.unmask(&*self.host);
+                }
+                _ => vector.mask(&*self.host),
             }
         }
         self.folds.store(msi.folds(), SeqCst);
         self.used.store(used, SeqCst);
+        if let Some(outside) = &self.outside {
+            let events: Vec<_> = self.vectors.iter().take(used.into()).map(|vector| &vector.event).collect();
+            outside.signal(msi, &events);
+        }
     }
 }
 
@@ -226,7 +284,9 @@ impl InterruptSink for Messages {
 impl Drop for Messages {
     fn drop(&mut self) {
         for vector in &self.vectors {
-            self.host.disconnect(&vector.event, vector.number);
+            if !vector.outside || !vector.masked.load(SeqCst) {
+                self.host.disconnect(&vector.event, vector.number);
+            }
             self.routes.free(vector.number);
         }
     }

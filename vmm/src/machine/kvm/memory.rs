@@ -87,6 +87,11 @@ impl MappedBar {
         }
         let map = MmapRegion::from_file(FileOffset::new(file.try_clone()?, 0), length)
             .map_err(std::io::Error::other)?;
+        Self::of(slots, map)
+    }
+
+    /// For memory that is mapped here already, whole pages of it.
+    pub(super) fn of(slots: &Arc<Slots>, map: MmapRegion<()>) -> std::io::Result<Self> {
         let slot = slots.free.lock().pop();
         let slot = slot.ok_or_else(|| std::io::Error::other("no memory slot of KVM is left for a BAR"))?;
         Ok(Self { slots: Arc::clone(slots), slot, map, at: Mutex::new(None) })

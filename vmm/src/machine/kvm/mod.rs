@@ -64,6 +64,9 @@ mod rig;
 mod seccomp;
 mod serial;
 mod vcpu;
+mod vfio;
+mod vfio_config;
+mod vfio_host;
 
 use std::io;
 use std::net::Shutdown;
@@ -90,6 +93,7 @@ pub use self::rig::{accesses_for_fuzzing, serial_for_fuzzing};
 use self::seccomp::Filters;
 use self::serial::{Queue, Serial};
 use self::vcpu::{Ending, Shared, Vcpu};
+pub use self::vfio_host::Bdf;
 use super::terminal::Terminal;
 use super::{Accel, Machine, MachineConfig, MachineExit};
 use crate::failure::{Failure, Result};
@@ -104,18 +108,20 @@ const SHOW_PATIENCE: Duration = Duration::from_millis(500);
 const NMI_MESSAGE: u32 = 1 << 14 | 4 << 8;
 
 /// What the native machine is told beside what every machine is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KvmOptions {
     /// The host's virtualisation is QEMU's emulated SVM: features that it gets wrong are hidden from the guest. Also found out
     /// by itself, where the host's hypervisor says who it is.
     pub emulated_svm: bool,
     /// The machine's threads give up the system calls that they do not need.
     pub seccomp: bool,
+    /// Devices of the host that the guest gets, in the slots behind those of the functions.
+    pub vfio: Vec<Bdf>,
 }
 
 impl Default for KvmOptions {
     fn default() -> Self {
-        Self { emulated_svm: false, seccomp: true }
+        Self { emulated_svm: false, seccomp: true, vfio: Vec::new() }
     }
 }
 
@@ -244,7 +250,7 @@ impl KvmMachine {
                 "the native machine has 1 to {MOST_CPUS} processors, not {cpus}"
             )));
         }
-        let filters = Filters::new(options.seccomp)?;
+        let filters = Filters::new(options.seccomp, !options.vfio.is_empty())?;
         let board = Board::new(memory_bytes)?;
         let entry = boot::load(&board.ram.map, &board.layout, &kernel, &mut initramfs, &cmdline)?;
         boot::write_gdt(&board.ram.map, &cpu::descriptors(entry))?;
@@ -270,6 +276,12 @@ impl KvmMachine {
         for slot in functions {
             let name = slot.name;
             board.pci.add(slot, &board.ram).map_err(host_failure(&format!("function {name}")))?;
+        }
+        let shared = Arc::clone(&machine.shared);
+        let trouble: Arc<dyn Fn(String) + Send + Sync> = Arc::new(move |what| shared.end(Ending::Died(what)));
+        for device in vfio::open(&options.vfio, &board.vm, &board.ram, &trouble)? {
+            let name = device.name.clone();
+            board.pci.pass(device).map_err(host_failure(&format!("device {name}")))?;
         }
         let filter = filters.console.clone();
         let deliver = thread("kvm-console", {

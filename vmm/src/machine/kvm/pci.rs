@@ -17,9 +17,10 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use vgpu::function::{Backing, Effects, Function, InterruptSink, InterruptSwitch};
 use vgpu::memory::SystemMemory;
+use vm_memory::MmapRegion;
 
 use super::host::Host;
-use super::irq::{Messages, Routes};
+use super::irq::{Messages, Outside, Routes};
 use super::layout::{ECAM, Layout, Window};
 use super::memory::{GuestRam, MappedBar, Slots};
 use super::msi::{Capabilities, MsiSetup};
@@ -36,29 +37,45 @@ const COMMAND: u16 = 0x04;
 const COMMAND_MEMORY: u32 = 1 << 1;
 const COMMAND_BUS_MASTER: u32 = 1 << 2;
 const BAR0: u16 = 0x10;
+/// Of the bits that say what a BAR is: it has 64 bits and takes the next one too.
+const BAR_WIDE: u32 = 4;
 
 /// The host bridge: a function that only says what it is.
 const HOST_BRIDGE: [u32; 3] = [0x0008_1b36, 0, 0x0600_0000];
 
-/// How a BAR is reached.
+/// What a BAR is where no memory is shown in it.
 enum Kind {
     Trapped,
-    Mapped(MappedBar),
     Table,
+    Nothing,
 }
 
 struct Bar {
     index: u8,
     bytes: u64,
     kind: Kind,
+    /// The parts that the guest reaches directly, with their offsets.
+    areas: Vec<(u64, MappedBar)>,
+}
+
+/// A device of the host that is handed over.
+pub(super) struct Passed {
+    /// Unique on the bus.
+    pub(super) name: String,
+    /// Its configuration space, and the parts of its BARs that are not mapped.
+    pub(super) function: Arc<dyn Function>,
+    /// The parts that are: BAR, offset, memory.
+    pub(super) areas: Vec<(u8, u64, MmapRegion<()>)>,
+    /// Who signals its vectors.
+    pub(super) outside: Arc<dyn Outside>,
 }
 
 /// A function on the bus.
 struct Device {
-    name: &'static str,
+    name: String,
     function: Arc<dyn Function>,
-    memory: Arc<SystemMemory>,
-    switch: Arc<InterruptSwitch>,
+    /// What a function in this process is connected by.
+    connection: Option<(Arc<SystemMemory>, Arc<InterruptSwitch>)>,
     bars: Vec<Bar>,
     capabilities: Capabilities,
     messages: Arc<Messages>,
@@ -77,7 +94,9 @@ impl Device {
             return None;
         }
         let at = BAR0 + 4 * u16::from(bar.index);
-        let address = u64::from(self.config(at)) | u64::from(self.config(at + 4)) << 32;
+        let low = self.config(at);
+        let high = if low & BAR_WIDE == 0 { 0 } else { u64::from(self.config(at + 4)) << 32 };
+        let address = u64::from(low) | high;
         Window::sized(address & !(bar.bytes - 1), bar.bytes)
     }
 
@@ -100,24 +119,28 @@ impl Device {
 
     fn bar_read(&self, bar: &Bar, offset: u64, data: &mut [u8]) {
         match bar.kind {
-            Kind::Trapped => self.function.bar_read(bar.index, offset, data),
-            Kind::Table => match self.in_table(bar.index, offset) {
+            Kind::Trapped if self.in_table(bar.index, offset).is_none() => {
+                self.function.bar_read(bar.index, offset, data);
+            }
+            Kind::Trapped | Kind::Table => match self.in_table(bar.index, offset) {
                 Some((pending, inside)) => self.messages.table_read(pending, inside, data),
                 None => data.fill(0),
             },
-            Kind::Mapped(_) => {}
+            Kind::Nothing => {}
         }
     }
 
     fn bar_write(&self, bar: &Bar, offset: u64, data: &[u8]) {
         match bar.kind {
-            Kind::Trapped => self.carry_out(self.function.bar_write(bar.index, offset, data)),
-            Kind::Table => {
+            Kind::Trapped if self.in_table(bar.index, offset).is_none() => {
+                self.carry_out(self.function.bar_write(bar.index, offset, data));
+            }
+            Kind::Trapped | Kind::Table => {
                 if let Some((false, inside)) = self.in_table(bar.index, offset) {
                     self.messages.table_write(inside, data);
                 }
             }
-            Kind::Mapped(_) => {}
+            Kind::Nothing => {}
         }
     }
 }
@@ -165,42 +188,72 @@ impl PciBus {
     pub(super) fn add(&self, slot: FunctionSlot, ram: &GuestRam) -> io::Result<u8> {
         let FunctionSlot { name, function, memory, interrupts } = slot;
         let mut state = self.state.lock();
-        let taken = |device: &Arc<Device>| device.name == name || Arc::ptr_eq(&device.memory, &memory);
-        if state.devices.values().any(taken) {
-            return Err(io::Error::other(format!("{name} is there already, or shares its view of memory")));
+        let shared = |device: &Arc<Device>| {
+            device.connection.as_ref().is_some_and(|(other, _)| Arc::ptr_eq(other, &memory))
+        };
+        if state.devices.values().any(shared) {
+            return Err(io::Error::other(format!("{name} shares its view of memory with another function")));
         }
-        let number = (FIRST_SLOT..SLOTS).find(|number| !state.devices.contains_key(number));
-        let number = number.ok_or_else(|| io::Error::other("the bus has no free slot"))?;
         let mut bars = Vec::new();
         for bar in function.bars() {
-            if !bar.size.is_power_of_two() || bar.index > 4 {
-                return Err(io::Error::other(format!("BAR {} of {name} has no possible shape", bar.index)));
-            }
-            let kind = match bar.backing {
-                Backing::Trapped => Kind::Trapped,
-                Backing::Mapped(file) => Kind::Mapped(MappedBar::new(&self.slots, file, bar.size)?),
-                Backing::InterruptTable => Kind::Table,
+            let (kind, file) = match bar.backing {
+                Backing::Trapped => (Kind::Trapped, None),
+                Backing::Mapped(file) => (Kind::Nothing, Some(file)),
+                Backing::InterruptTable => (Kind::Table, None),
             };
-            bars.push(Bar { index: bar.index, bytes: bar.size, kind });
+            let mut areas = Vec::new();
+            if let Some(file) = file {
+                areas.push((0, MappedBar::new(&self.slots, file, bar.size)?));
+            }
+            bars.push(Bar { index: bar.index, bytes: bar.size, kind, areas });
         }
-        let read = |at| {
-            let mut bytes = [0xff; 4];
-            function.config_read(at, &mut bytes);
-            u32::from_le_bytes(bytes)
-        };
-        let capabilities = Capabilities::find(&read);
-        let messages = Messages::new(&self.host, &self.routes, function.vectors())?;
+        let messages = Messages::new(&self.host, &self.routes, function.vectors(), None)?;
         for piece in &self.layout.ram {
             memory
                 .map(piece.at.start, piece.at.bytes(), &ram.file, piece.offset, true)
                 .map_err(io::Error::other)?;
         }
         interrupts.attach(messages.clone());
-        let device =
-            Arc::new(Device { name, function, memory, switch: interrupts, bars, capabilities, messages });
+        let capabilities = capabilities(&*function);
+        let connection = Some((memory, interrupts));
+        let name = name.to_owned();
+        self.insert(&mut state, Device { name, function, connection, bars, capabilities, messages })
+    }
+
+    /// Puts a device of the host into the first free slot.
+    pub(super) fn pass(&self, passed: Passed) -> io::Result<u8> {
+        let Passed { name, function, areas, outside } = passed;
+        let mut bars: Vec<_> = function
+            .bars()
+            .iter()
+            .map(|bar| Bar { index: bar.index, bytes: bar.size, kind: Kind::Trapped, areas: Vec::new() })
+            .collect();
+        for (index, offset, map) in areas {
+            if let Some(bar) = bars.iter_mut().find(|bar| bar.index == index) {
+                bar.areas.push((offset, MappedBar::of(&self.slots, map)?));
+            }
+        }
+        let messages = Messages::new(&self.host, &self.routes, function.vectors(), Some(outside))?;
+        let capabilities = capabilities(&*function);
+        let device = Device { name, function, connection: None, bars, capabilities, messages };
+        self.insert(&mut self.state.lock(), device)
+    }
+
+    fn insert(&self, state: &mut State, device: Device) -> io::Result<u8> {
+        let name = &device.name;
+        if state.devices.values().any(|other| other.name == *name) {
+            return Err(io::Error::other(format!("{name} is there already")));
+        }
+        for bar in &device.bars {
+            if !bar.bytes.is_power_of_two() || bar.index > 5 {
+                return Err(io::Error::other(format!("BAR {} of {name} has no possible shape", bar.index)));
+            }
+        }
+        let number = (FIRST_SLOT..SLOTS).find(|number| !state.devices.contains_key(number));
+        let number = number.ok_or_else(|| io::Error::other("the bus has no free slot"))?;
         device.set_up_interrupts();
-        state.devices.insert(number, device);
-        self.place(&state);
+        state.devices.insert(number, Arc::new(device));
+        self.place(state);
         Ok(number)
     }
 
@@ -213,22 +266,26 @@ impl PciBus {
         if let Some(device) = state.devices.remove(&number) {
             self.place(&state);
             for bar in &device.bars {
-                if let Kind::Mapped(mapped) = &bar.kind {
-                    mapped.place(None);
+                for (_, area) in &bar.areas {
+                    area.place(None);
                 }
             }
-            device.switch.attach(Arc::new(Nobody));
+            if let Some((_, switch)) = &device.connection {
+                switch.attach(Arc::new(Nobody));
+            }
             device.messages.configure(MsiSetup::Off);
-            device.memory.clear();
+            if let Some((memory, _)) = &device.connection {
+                memory.clear();
+            }
         }
         true
     }
 
     /// Takes all functions away.
     pub(super) fn clear(&self) {
-        let names: Vec<_> = self.state.lock().devices.values().map(|device| device.name).collect();
+        let names: Vec<_> = self.state.lock().devices.values().map(|device| device.name.clone()).collect();
         for name in names {
-            self.remove(name);
+            self.remove(&name);
         }
     }
 
@@ -253,8 +310,8 @@ impl PciBus {
         for go in [true, false] {
             for device in state.devices.values() {
                 for (bar, shape) in device.bars.iter().enumerate() {
-                    if let Kind::Mapped(map) = &shape.kind {
-                        let wanted = mapped(&regions, device, bar);
+                    for (offset, map) in &shape.areas {
+                        let wanted = mapped(&regions, device, bar).map(|start| start + offset);
                         if !go || !map.is_at(wanted) {
                             map.place(if go { None } else { wanted });
                         }
@@ -368,6 +425,14 @@ impl PciBus {
         let region = regions.get(after.checked_sub(1)?).filter(|region| region.at.contains(&wanted))?;
         Some((region.clone(), address - region.at.start))
     }
+}
+
+fn capabilities(function: &dyn Function) -> Capabilities {
+    Capabilities::find(&|at| {
+        let mut bytes = [0xff; 4];
+        function.config_read(at, &mut bytes);
+        u32::from_le_bytes(bytes)
+    })
 }
 
 /// The device with that function number.

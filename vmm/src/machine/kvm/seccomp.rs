@@ -47,6 +47,10 @@ const KVM_GET_SREGS: u64 = 0x8138_ae83;
 const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
 const KVM_SET_MEMORY: u64 = 0x4020_ae46;
 const KVM_IRQFD: u64 = 0x4020_ae76;
+/// What it asks of a device that is handed over.
+const VFIO_CALLS: &[u64] = &[VFIO_DEVICE_SET_IRQS, VFIO_DEVICE_RESET];
+const VFIO_DEVICE_SET_IRQS: u64 = 0x3b6e;
+const VFIO_DEVICE_RESET: u64 = 0x3b6f;
 
 /// The filters, ready to be put on threads.
 #[derive(Clone, Default)]
@@ -58,8 +62,8 @@ pub(super) struct Filters {
 }
 
 impl Filters {
-    /// Makes them; empty ones, which filter nothing, if they are not wanted.
-    pub(super) fn new(wanted: bool) -> Result<Self> {
+    /// Makes them, also for devices that are handed over if `vfio`; empty ones, which filter nothing, if they are not wanted.
+    pub(super) fn new(wanted: bool, vfio: bool) -> Result<Self> {
         if !wanted {
             return Ok(Self::default());
         }
@@ -67,7 +71,7 @@ impl Filters {
             Failure::environment(format!("cannot make a filter of system calls (a defect): {error}"))
         };
         let mut ioctl = Vec::new();
-        for call in KVM_CALLS {
+        for call in KVM_CALLS.iter().chain(if vfio { VFIO_CALLS } else { &[] }) {
             let is =
                 SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, *call).map_err(fail)?;
             ioctl.push(SeccompRule::new(vec![is]).map_err(fail)?);
@@ -83,6 +87,10 @@ impl Filters {
         };
         let mut vcpu = common();
         vcpu.insert(libc::SYS_ioctl, ioctl);
+        if vfio {
+            vcpu.insert(libc::SYS_pread64, Vec::new());
+            vcpu.insert(libc::SYS_pwrite64, Vec::new());
+        }
         let mut console = common();
         for call in [libc::SYS_poll, libc::SYS_ppoll, libc::SYS_recvfrom, libc::SYS_recvmsg, libc::SYS_writev]
         {

@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Whether the host can hand a PCI device over, and what to do if it cannot.
+
+use std::fmt;
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::failure::{Failure, Result};
+
+/// Address of a PCI function: domain, bus, device, function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Bdf {
+    domain: u32,
+    bus: u8,
+    device: u8,
+    function: u8,
+}
+
+impl FromStr for Bdf {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let bad = || format!("{text:?} is no PCI address such as 0000:01:00.0");
+        let (rest, function) = text.rsplit_once('.').ok_or_else(bad)?;
+        let (rest, device) = rest.rsplit_once(':').ok_or_else(bad)?;
+        let (domain, bus) = rest.rsplit_once(':').unwrap_or(("0", rest));
+        let number = |text: &str, most: u32| {
+            let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+            let value = digits.then(|| u32::from_str_radix(text, 16).ok()).flatten();
+            value.filter(|value| *value <= most).ok_or_else(bad)
+        };
+        Ok(Self {
+            domain: number(domain, u32::MAX)?,
+            bus: number(bus, 0xff)? as u8,
+            device: number(device, 31)? as u8,
+            function: number(function, 7)? as u8,
+        })
+    }
+}
+
+impl fmt::Display for Bdf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04x}:{:02x}:{:02x}.{}", self.domain, self.bus, self.device, self.function)
+    }
+}
+
+/// Where the host's kernel tells about devices and shows them.
+pub(super) struct Host<'a> {
+    /// `/sys`.
+    pub(super) sys: &'a Path,
+    /// `/dev`.
+    pub(super) dev: &'a Path,
+}
+
+impl Host<'_> {
+    /// The one that this program runs on.
+    pub(super) fn here() -> Self {
+        Self { sys: Path::new("/sys"), dev: Path::new("/dev") }
+    }
+
+    /// The device's folder, if it can be handed over.
+    ///
+    /// # Errors
+    /// What is in the way, and how to get it out of it.
+    pub(super) fn examine(&self, bdf: Bdf) -> Result<PathBuf> {
+        let fail = |what: String| Failure::environment(format!("--vfio {bdf}: {what}"));
+        let path = self.sys.join("bus/pci/devices").join(bdf.to_string());
+        if !path.is_dir() {
+            return Err(
+                fail("the host has no such PCI device".into()).remedy("`lspci -D` lists those that it has")
+            );
+        }
+        if is_bridge(&path) {
+            return Err(fail("it is a bridge".into()).remedy("name a device behind it"));
+        }
+        let no_iommu = |what: &str| {
+            fail(what.into()).remedy(
+                "turn the IOMMU on in the firmware (VT-d, AMD-Vi), and boot the host with intel_iommu=on \
+                 or with amd_iommu=on",
+            )
+        };
+        let group = path.join("iommu_group").canonicalize().map_err(|_| {
+            no_iommu("the host has no IOMMU for it (no IOMMU group), so its DMA could reach all memory")
+        })?;
+        let number = name(&group).filter(|name| name.parse::<u32>().is_ok());
+        let number = number.ok_or_else(|| no_iommu("its IOMMU group has no number"))?;
+        if fs::read_to_string(group.join("name")).is_ok_and(|name| name.trim() == "vfio-noiommu") {
+            return Err(no_iommu("it is bound without an IOMMU, so its DMA could reach all memory"));
+        }
+        let bind = format!(
+            "as root: modprobe vfio-pci; echo vfio-pci > {0}/driver_override; \
+             [ ! -e {0}/driver ] || echo {bdf} > {0}/driver/unbind; echo {bdf} > {1}/bus/pci/drivers_probe",
+            path.display(),
+            self.sys.display()
+        );
+        match driver(&path) {
+            Some(driver) if for_vfio(&driver) => {}
+            Some(driver) => {
+                let what = format!("it is bound to the driver {driver}, not to vfio-pci");
+                return Err(fail(what).remedy(bind));
+            }
+            None => return Err(fail("it is not bound to vfio-pci (it has no driver)".into()).remedy(bind)),
+        }
+        let others = self.others(&group, bdf);
+        if !others.is_empty() {
+            return Err(fail(format!(
+                "its IOMMU group {number} is not whole: the host uses {}",
+                others.join(", ")
+            ))
+            .remedy("bind these to vfio-pci too, or to no driver: the IOMMU cannot tell them apart"));
+        }
+        for (node, remedy) in [
+            (self.dev.join("vfio/vfio"), "load the modules vfio and vfio_iommu_type1"),
+            (self.dev.join("vfio").join(&number), "see that the device is bound to vfio-pci"),
+        ] {
+            openable(&node).map_err(|error| {
+                let remedy = match error.kind() {
+                    io::ErrorKind::PermissionDenied => {
+                        format!("give yourself the right: sudo chown \"$USER\" {}", node.display())
+                    }
+                    io::ErrorKind::ResourceBusy => "end the program that uses the group".to_owned(),
+                    _ => remedy.to_owned(),
+                };
+                fail(format!("{} cannot be opened: {error}", node.display())).remedy(remedy)
+            })?;
+        }
+        Ok(path)
+    }
+
+    /// The other devices of a group that the host uses itself, with their drivers.
+    fn others(&self, group: &Path, bdf: Bdf) -> Vec<String> {
+        let devices = fs::read_dir(group.join("devices")).into_iter().flatten().flatten();
+        let mut others: Vec<String> = devices
+            .filter_map(|entry| {
+                let other = entry.file_name().to_string_lossy().into_owned();
+                let path = self.sys.join("bus/pci/devices").join(&other);
+                let driver = driver(&path)?;
+                let harmless = for_vfio(&driver)
+                    || driver == "pci-stub"
+                    || driver == "pcieport"
+                    || is_bridge(&path)
+                    || other == bdf.to_string();
+                (!harmless).then(|| format!("{other} (driver {driver})"))
+            })
+            .collect();
+        others.sort();
+        others
+    }
+}
+
+fn openable(node: &Path) -> io::Result<()> {
+    OpenOptions::new().read(true).write(true).open(node).map(drop)
+}
+
+fn driver(device: &Path) -> Option<String> {
+    name(&fs::read_link(device.join("driver")).ok()?)
+}
+
+/// Whether that driver hands its devices over.
+fn for_vfio(driver: &str) -> bool {
+    driver == "vfio-pci" || driver.ends_with("-vfio-pci") || driver.ends_with("_vfio_pci")
+}
+
+fn is_bridge(device: &Path) -> bool {
+    fs::read_to_string(device.join("class")).is_ok_and(|class| class.starts_with("0x06"))
+}
+
+fn name(path: &Path) -> Option<String> {
+    Some(path.file_name()?.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    const GPU: &str = "0000:01:00.0";
+
+    /// A host with one device in group 7, bound to vfio-pci.
+    struct Fake(tempfile::TempDir);
+
+    impl Fake {
+        fn new() -> Self {
+            let fake = Self(tempfile::tempdir().unwrap());
+            fake.device(GPU, "0x030000", Some("vfio-pci"), Some("7"));
+            fs::create_dir_all(fake.path("dev/vfio")).unwrap();
+            fs::write(fake.path("dev/vfio/vfio"), "").unwrap();
+            fs::write(fake.path("dev/vfio/7"), "").unwrap();
+            fake
+        }
+        fn path(&self, path: &str) -> PathBuf {
+            self.0.path().join(path)
+        }
+        fn device(&self, bdf: &str, class: &str, driver: Option<&str>, group: Option<&str>) {
+            let device = self.path("sys/bus/pci/devices").join(bdf);
+            fs::create_dir_all(&device).unwrap();
+            fs::write(device.join("class"), class).unwrap();
+            let _ = fs::remove_file(device.join("driver"));
+            if let Some(driver) = driver {
+                symlink(format!("../../drivers/{driver}"), device.join("driver")).unwrap();
+            }
+            let _ = fs::remove_file(device.join("iommu_group"));
+            if let Some(group) = group {
+                let folder = self.path("sys/kernel/iommu_groups").join(group);
+                fs::create_dir_all(folder.join("devices").join(bdf)).unwrap();
+                symlink(folder, device.join("iommu_group")).unwrap();
+            }
+        }
+        fn examine(&self, bdf: &str) -> Result<PathBuf> {
+            let (sys, dev) = (self.path("sys"), self.path("dev"));
+            Host { sys: &sys, dev: &dev }.examine(bdf.parse().unwrap())
+        }
+        #[track_caller]
+        fn refuses(&self, bdf: &str, what: &str, remedy: &str) {
+            let failure = self.examine(bdf).unwrap_err();
+            assert_eq!(failure.kind.exit_status(), 4);
+            assert!(failure.what.contains(what), "{}", failure.what);
+            assert!(failure.remedy.as_ref().unwrap().contains(remedy), "{:?}", failure.remedy);
+        }
+    }
+
+    #[test]
+    fn addresses() {
+        for (text, shown) in
+            [(GPU, GPU), ("1:0.0", GPU), ("00:1f.7", "0000:00:1f.7"), ("10000:e1:00.0", "10000:e1:00.0")]
+        {
+            assert_eq!(text.parse::<Bdf>().unwrap().to_string(), shown);
+        }
+        for bad in [
+            "",
+            "gpu",
+            "00:04",
+            "0:20.0",
+            "0:0.8",
+            "100:0.0",
+            "+0:0.0",
+            "0000:00:00.0.0",
+            "../..:0.0",
+            "a:b:c:d.0",
+        ] {
+            assert!(bad.parse::<Bdf>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_in_the_way_is_named() {
+        let fake = Fake::new();
+        assert!(fake.examine(GPU).unwrap().ends_with(GPU));
+        fake.refuses("0:2.0", "no such PCI device", "lspci");
+        fake.device("0000:00:01.0", "0x060400", Some("pcieport"), Some("7"));
+        fake.refuses("0:1.0", "a bridge", "behind it");
+        assert!(fake.examine(GPU).is_ok(), "a bridge in the group is no harm");
+        fake.device("0000:01:00.1", "0x040300", Some("snd_hda_intel"), Some("7"));
+        fake.refuses(GPU, "not whole: the host uses 0000:01:00.1 (driver snd_hda_intel)", "vfio-pci too");
+        fake.device("0000:01:00.1", "0x040300", None, Some("7"));
+        assert!(fake.examine(GPU).is_ok());
+        fake.device(GPU, "0x030000", Some("nouveau"), Some("7"));
+        fake.refuses(GPU, "driver nouveau", "driver_override");
+        fake.device(GPU, "0x030000", None, Some("7"));
+        fake.refuses(GPU, "no driver", "drivers_probe");
+        fake.device(GPU, "0x030000", Some("vfio-pci"), None);
+        fake.refuses(GPU, "no IOMMU", "intel_iommu=on");
+        fake.device(GPU, "0x030000", Some("vfio-pci"), Some("8"));
+        fake.refuses(GPU, "vfio/8 cannot be opened", "bound to vfio-pci");
+        fs::write(fake.path("sys/kernel/iommu_groups/8/name"), "vfio-noiommu\n").unwrap();
+        fake.refuses(GPU, "without an IOMMU", "firmware");
+        fs::remove_file(fake.path("dev/vfio/vfio")).unwrap();
+        fake.device(GPU, "0x030000", Some("vfio-pci"), Some("7"));
+        fake.refuses(GPU, "vfio/vfio cannot be opened", "vfio_iommu_type1");
+    }
+
+    #[test]
+    fn a_group_of_somebody_else() {
+        let fake = Fake::new();
+        fs::set_permissions(fake.path("dev/vfio/7"), fs::Permissions::from_mode(0o0)).unwrap();
+        // The superuser may all the same.
+        if openable(&fake.path("dev/vfio/7")).is_err() {
+            fake.refuses(GPU, "Permission denied", "chown");
+        }
+    }
+}
