@@ -6,6 +6,7 @@ pub mod list;
 pub mod not_yet;
 pub mod report;
 pub mod units;
+pub mod vfio;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -226,6 +227,10 @@ pub struct RunArgs {
     /// Arguments to put at the end of the guest kernel's command line
     #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true)]
     pub append: Option<String>,
+    /// A device of the host that the guest gets as well: its PCI address, such as 0000:01:00.0; with --nested edu, QEMU's test
+    /// device in the outer guest. Needs --machine kvm and an IOMMU
+    #[arg(long, value_name = "BDF")]
+    pub vfio: Option<String>,
     /// Run to the end whatever is found; else a run ends ten seconds of guest time after its first violation
     #[arg(long)]
     pub keep_going: bool,

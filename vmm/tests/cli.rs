@@ -54,7 +54,6 @@ fn what_this_version_lacks_is_said() {
         &["run", "--mirror-policy", "srcu"],
         &["run", "--inject", "x"],
         &["run", "--allow", "x"],
-        &["run", "--vfio", "0000:00:00.0"],
         &["run", "--format", "ktap"],
         &["run", "--format", "junit"],
         &["mutants", "--json"],
@@ -70,6 +69,9 @@ fn what_this_version_lacks_is_said() {
 #[test]
 fn what_contradicts_nested_is_refused() {
     for (arguments, said) in [
+        (&["run", "--machine", "qemu", "--vfio", "0000:00:00.0"][..], "--machine kvm"),
+        (&["run", "--machine", "kvm", "--vfio", "gpu"], "no PCI address"),
+        (&["run", "--machine", "kvm", "--nested", "--vfio", "0000:00:04.0"], "edu"),
         (&["run", "--nested", "--accel", "tcg"][..], "contradicts"),
         (&["run", "--machine", "kvm", "--accel", "tcg"], "--machine kvm"),
         (&["run", "--nested", "--shell"], "--exec"),

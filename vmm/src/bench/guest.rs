@@ -48,6 +48,7 @@ const METRICS: &[(&str, &str, &str)] = &[
 pub(super) fn config(workloads: Vec<String>, seed: u64, oracle: bool) -> RunConfig {
     RunConfig {
         append: None,
+        vfio: None,
         keep_going: false,
         program: "hmm-testbench".into(),
         command: "hmm-testbench bench".into(),

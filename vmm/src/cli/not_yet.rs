@@ -18,9 +18,6 @@ pub struct LaterOptions {
     /// (not in this version)
     #[arg(long, hide = true, value_name = "FILE")]
     pub allow: Option<String>,
-    /// (not in this version)
-    #[arg(long, hide = true, value_name = "BDF")]
-    pub vfio: Option<String>,
 }
 
 /// Refuses what this version does not have.
@@ -33,7 +30,6 @@ pub fn refuse(run: &RunArgs) -> Result<()> {
         (later.mirror_policy.is_some(), "--mirror-policy", ""),
         (!later.inject.is_empty(), "--inject", ""),
         (later.allow.is_some(), "--allow", ""),
-        (later.vfio.is_some(), "--vfio", ""),
     ];
     match refused.iter().find(|(given, ..)| *given) {
         None => Ok(()),

@@ -21,7 +21,15 @@ use crate::runner::device::memfd;
 use crate::runner::parts::Parts;
 
 /// What the KVM of an AMD processor consists of, in the order of loading. The first is built in or absent in some kernels.
-const KVM_MODULES: &[(&str, bool)] = &[("irqbypass", false), ("kvm", true), ("kvm-amd", true)];
+const KVM_MODULES: &[(&str, &str, bool)] =
+    &[("virt/lib", "irqbypass", false), ("arch/x86/kvm", "kvm", true), ("arch/x86/kvm", "kvm-amd", true)];
+/// And what hands a device on.
+const VFIO_MODULES: &[(&str, &str, bool)] = &[
+    ("drivers/vfio", "vfio", true),
+    ("drivers/vfio", "vfio_iommu_type1", true),
+    ("drivers/vfio/pci", "vfio-pci-core", true),
+    ("drivers/vfio/pci", "vfio-pci", true),
+];
 /// What QEMU reads beside its own program when a kernel is given to it and no display is wanted.
 const FIRMWARE: &[&str] =
     &["bios-256k.bin", "bios-microvm.bin", "kvmvapic.bin", "linuxboot_dma.bin", "pvh.bin"];
@@ -48,7 +56,7 @@ pub(crate) fn build(
     }
     tree.node("/dev/console", 0o600, 5, 1)?;
     add_ourselves(&mut tree)?;
-    let modules = add_modules(&mut tree, outer)?;
+    let modules = add_modules(&mut tree, outer, config.vfio.is_some())?;
     tree.file(place::KERNEL, 0o644, read(&parts.kernel.image)?)?;
     let mut bytes = Vec::new();
     inner
@@ -131,16 +139,15 @@ fn loaded_end(bytes: &[u8]) -> Option<usize> {
     usize::try_from(end).ok().filter(|end| (0x40..=bytes.len()).contains(end))
 }
 
-/// KVM's modules; their paths in the outer guest, in the order of loading.
-fn add_modules(tree: &mut Initramfs, kernel: &Kernel) -> Result<Vec<PathBuf>> {
+/// KVM's modules, and those of VFIO if wanted; their paths in the outer guest, in the order of loading.
+fn add_modules(tree: &mut Initramfs, kernel: &Kernel, vfio: bool) -> Result<Vec<PathBuf>> {
     let lacks = |what: &str| {
         Failure::environment(format!("the outer guest's kernel {} {what}", kernel.release))
             .remedy("the package may have changed; please report it")
     };
     let dir = kernel.modules_dir().ok_or_else(|| lacks("has no modules"))?.join("kernel");
     let mut found = Vec::new();
-    for (name, needed) in KVM_MODULES {
-        let subdir = if *name == "irqbypass" { "virt/lib" } else { "arch/x86/kvm" };
+    for (subdir, name, needed) in KVM_MODULES.iter().chain(if vfio { VFIO_MODULES } else { &[] }) {
         let file = [".ko", ".ko.xz", ".ko.zst"]
             .iter()
             .map(|end| dir.join(subdir).join(format!("{name}{end}")))

@@ -116,6 +116,9 @@ fn carry_out(order: &Order, line: &Arc<Line>, interrupted: &AtomicBool) -> Resul
     for module in &order.modules {
         load(module)?;
     }
+    if let Some(vfio) = &order.config.vfio {
+        hand_over(Path::new("/sys/bus/pci"), &vfio.device()?.to_string())?;
+    }
     let parts = parts(order);
     let open = |path: &str| {
         File::open(path).map_err(|error| Failure::environment(format!("cannot open {path}: {error}")))
@@ -191,6 +194,20 @@ fn load(module: &Path) -> Result<()> {
     let flags = if module.extension().is_some_and(|end| end == "ko") { 0 } else { COMPRESSED_FILE };
     finit_module(&file, c"", ModuleInitFlags::from_bits_retain(flags))
         .map_err(|error| trouble(error.to_string()))
+}
+
+/// Binds a device to the driver that hands it on.
+fn hand_over(bus: &Path, device: &str) -> Result<()> {
+    let folder = bus.join("devices").join(device);
+    let write = |path: PathBuf, what: &str| {
+        fs::write(&path, what)
+            .map_err(|error| Failure::environment(format!("cannot write {}: {error}", path.display())))
+    };
+    write(folder.join("driver_override"), "vfio-pci")?;
+    if folder.join("driver").exists() {
+        write(folder.join("driver/unbind"), device)?;
+    }
+    write(bus.join("drivers_probe"), device)
 }
 
 /// Follows what the host says. When it is gone, the run ends too.

@@ -141,10 +141,12 @@ impl Outside<'_> {
         // unpacked.
         let memory =
             self.config.memory_bytes + GpuConfig::default().vram_bytes + 3 * image.bytes + OUTER_BYTES;
+        let handed = self.config.vfio.and_then(|vfio| vfio.outer_device());
+        let iommu = if handed.is_some() { " intel_iommu=on" } else { "" };
         let config = MachineConfig {
             kernel: kernel.image.clone(),
             initramfs: image.file,
-            cmdline: format!("{CMDLINE} -- {COMMAND}"),
+            cmdline: format!("{CMDLINE}{iommu} -- {COMMAND}"),
             cpus: self.config.outer_cpus,
             memory_bytes: memory.next_multiple_of(2 << 20),
             accel: Accel::Tcg,
@@ -153,7 +155,7 @@ impl Outside<'_> {
             console: Box::new(move |bytes| console.lock().feed(bytes)),
             interactive: false,
         };
-        qemu::start_outer(self.parts.qemu()?, config, Port { name: PORT, socket: port })
+        qemu::start_outer(self.parts.qemu()?, config, Port { name: PORT, socket: port, handed })
     }
 
     fn note(&self, text: String) {

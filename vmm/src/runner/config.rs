@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{plan, replay};
 use crate::cli::units::Add;
+use crate::cli::vfio::Vfio;
 use crate::cli::{AccelName, MachineName, RunArgs, not_yet};
 use crate::failure::{Failure, Result};
 use crate::machine::Accel;
@@ -56,6 +57,8 @@ pub struct RunConfig {
     pub out: Option<PathBuf>,
     /// More arguments for the guest's kernel.
     pub append: Option<String>,
+    /// A device of the host for the guest.
+    pub vfio: Option<Vfio>,
     /// Run to the end whatever is found.
     pub keep_going: bool,
 }
@@ -104,7 +107,9 @@ impl RunConfig {
         if args.outer_cpus != 1 && !args.nested {
             return Err(Failure::usage("--outer-cpus belongs to --nested"));
         }
+        let vfio = args.vfio.as_deref().map(|text| Vfio::new(text, args.machine, args.nested)).transpose()?;
         Ok(Self {
+            vfio,
             program: program(words.first().map(String::as_str)),
             command: replay::quote(words),
             workloads,
@@ -176,6 +181,7 @@ impl RunConfig {
             oracle: true,
             out: None,
             append: None,
+            vfio: None,
             keep_going: false,
         }
     }

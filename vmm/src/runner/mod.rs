@@ -31,6 +31,7 @@ use vgpu::oracle::{Oracle, Violation};
 pub use config::RunConfig;
 
 use crate::cli::MachineName;
+use crate::cli::vfio::Vfio;
 use crate::console::Console;
 use crate::event::{Event, EventSink};
 use crate::failure::{Failure, FailureKind, Result};
@@ -234,7 +235,9 @@ fn start_machine(
     match config.machine {
         MachineName::Qemu => qemu::start(parts.qemu()?, machine),
         MachineName::Kvm => {
-            kvm::start(KvmOptions { emulated_svm: config.nested, ..KvmOptions::default() }, machine)
+            let vfio = config.vfio.iter().map(Vfio::device).collect::<Result<_>>()?;
+            let options = KvmOptions { emulated_svm: config.nested, vfio, ..KvmOptions::default() };
+            kvm::start(options, machine)
         }
     }
 }

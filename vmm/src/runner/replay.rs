@@ -45,6 +45,9 @@ pub fn command(config: &RunConfig, workload: Option<&str>) -> String {
     if config.outer_cpus != 1 {
         option("--outer-cpus", config.outer_cpus.to_string());
     }
+    if let Some(vfio) = &config.vfio {
+        option("--vfio", vfio.to_string());
+    }
     if config.kernel != DEFAULT_KERNEL {
         let tree = Path::new(&config.kernel);
         option("--kernel", if tree.is_dir() { absolute(tree) } else { config.kernel.clone() });
@@ -138,8 +141,10 @@ mod tests {
         config.machine = crate::cli::MachineName::Kvm;
         config.nested = true;
         config.outer_cpus = 2;
+        config.vfio = Some(crate::cli::vfio::Vfio::Edu);
         let line = command(&config, Some("access"));
         assert!(line.contains(" --machine kvm --nested "), "{line}");
+        assert!(line.contains(" --vfio edu "), "{line}");
         crate::cli::Cli::try_parse_from(line.split(' ')).expect(&line);
     }
 }

@@ -10,3 +10,4 @@ mod lost;
 mod nested;
 mod paths;
 mod support;
+mod vfio;

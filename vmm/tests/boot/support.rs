@@ -92,10 +92,19 @@ where
     S: AsRef<OsStr>,
 {
     let out = tempfile::tempdir().expect("a temporary folder");
+    run_in(out.path(), args)
+}
+
+/// As [`run`], with its output in `out`.
+pub(crate) fn run_in<I, S>(out: &Path, args: I) -> Finished
+where
+    I: IntoIterator<Item = S>,
+    S: AsRef<OsStr>,
+{
     let mut command = binary();
-    command.arg("run").args(args).arg("--out").arg(out.path());
+    command.arg("run").args(args).arg("--out").arg(out);
     let (output, took) = timed(&mut command);
-    let results = std::fs::read(out.path().join("results.json"))
+    let results = std::fs::read(out.join("results.json"))
         .ok()
         .and_then(|bytes| serde_json::from_slice(&bytes).ok())
         .unwrap_or(Value::Null);

@@ -38,6 +38,8 @@ pub(super) struct Parts<'a> {
     pub functions: &'a [(&'static str, RawFd)],
     /// The port of an outer guest, and the name it has there.
     pub port: Option<(&'static str, RawFd)>,
+    /// A device for an outer guest to hand on, which needs an IOMMU for that.
+    pub handed: Option<&'static str>,
 }
 
 /// The arguments, the program's own excluded.
@@ -79,6 +81,10 @@ pub(super) fn arguments(parts: &Parts<'_>) -> Vec<OsString> {
     add("-kernel", parts.kernel.into());
     add("-initrd", descriptor(parts.initramfs).into());
     add("-append", cmdline.into());
+    if parts.handed.is_some() {
+        // Before all devices that it serves. Caching mode tells it of new translations too, not only of those that go.
+        add("-device", "intel-iommu,intremap=on,caching-mode=on".into());
+    }
     for (index, (name, location)) in parts.functions.iter().enumerate() {
         let device = json!({
             "driver": "vfio-user-pci",
@@ -96,6 +102,9 @@ pub(super) fn arguments(parts: &Parts<'_>) -> Vec<OsString> {
         add("-chardev", format!("socket,id=port,fd={socket}").into());
         add("-device", "virtio-serial-pci,id=ports,bus=pcie.0,addr=3,max_ports=2".into());
         add("-device", format!("virtserialport,bus=ports.0,chardev=port,name={name}").into());
+    }
+    if let Some(device) = parts.handed {
+        add("-device", device.into());
     }
     for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
         arguments.push(flag.into());
@@ -123,6 +132,7 @@ mod tests {
             monitor: 12,
             functions: &[("gpu", 13), ("witness", 14)],
             port: None,
+            handed: None,
         };
         let arguments: Vec<_> = arguments(&parts).into_iter().map(|a| a.into_string().unwrap()).collect();
         arguments.join("|")

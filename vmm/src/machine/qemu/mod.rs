@@ -41,6 +41,8 @@ pub struct Port {
     pub name: &'static str,
     /// The guest's end.
     pub socket: UnixStream,
+    /// QEMU's arguments for a device that the guest is to hand on to its own guest; it gets an IOMMU for that.
+    pub handed: Option<&'static str>,
 }
 
 /// Starts a guest that is to run guests itself: its processor has virtualisation, emulated by the translator.
@@ -90,6 +92,7 @@ fn try_start(program: &QemuProgram, config: MachineConfig, port: Option<Port>) -
         console: inherit(console_theirs.into()),
         monitor: inherit(monitor_theirs.into()),
         functions: &functions,
+        handed: port.as_ref().and_then(|port| port.handed),
         port: port.map(|port| (port.name, inherit(port.socket.into()))),
     });
     let mut command = program.command();
