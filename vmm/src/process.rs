@@ -82,16 +82,50 @@ impl Guard {
         Ok(Self { shell, pipe })
     }
 
-    /// Also kill this process group.
+    /// Makes the command, which must get a process group of its own, name that group to the guard before it runs.
+    ///
+    /// It is the child who does it: were it us, a `kill -9` that comes after the child has begun and before we have said so would
+    /// leave its children behind.
     ///
     /// # Errors
     /// When the guard is gone.
-    pub fn watch(&mut self, group: u32) -> io::Result<()> {
-        match &mut self.pipe {
-            Some(pipe) => writeln!(pipe, "{group}"),
-            None => Err(io::ErrorKind::BrokenPipe.into()),
+    fn watch(&self, command: &mut Command) -> io::Result<()> {
+        let pipe = self.pipe.as_ref().ok_or(io::ErrorKind::BrokenPipe)?.as_fd().try_clone_to_owned()?;
+        let announce = move || {
+            let (line, length) = decimal_line(std::process::id());
+            match nix::unistd::write(&pipe, &line[..length]) {
+                Ok(written) if written == length => Ok(()),
+                Ok(_) => Err(io::ErrorKind::WriteZero.into()),
+                Err(error) => Err(error.into()),
+            }
+        };
+        #[allow(unsafe_code, reason = "between fork and exec; only async-signal-safe system calls are made")]
+        // SAFETY: the closure allocates nothing and takes no lock: getpid, write, and an error value without a box. The
+        // descriptor is its own.
+        unsafe {
+            command.pre_exec(announce);
+        }
+        Ok(())
+    }
+}
+
+/// A number and a newline, made without allocating: the buffer and how much of it is used.
+fn decimal_line(mut number: u32) -> ([u8; 11], usize) {
+    let mut digits = [0; 10];
+    let mut count = 0;
+    loop {
+        digits[count] = b'0' + (number % 10) as u8;
+        number /= 10;
+        count += 1;
+        if number == 0 {
+            break;
         }
     }
+    let mut line = [b'\n'; 11];
+    for (place, digit) in line.iter_mut().zip(digits[..count].iter().rev()) {
+        *place = *digit;
+    }
+    (line, count + 1)
 }
 
 impl Drop for Guard {
@@ -134,19 +168,19 @@ pub struct Finished {
 /// When the program cannot be started or waited for. An unsuccessful exit is not an error here.
 pub fn run(
     command: &mut Command,
-    guard: Option<&mut Guard>,
+    guard: Option<&Guard>,
     on_line: &mut dyn FnMut(&str),
 ) -> io::Result<Finished> {
     let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     command.stdin(Stdio::null()).stdout(Stdio::from(writer.try_clone()?)).stderr(Stdio::from(writer));
     command.process_group(0);
+    if let Some(guard) = guard {
+        guard.watch(command)?;
+    }
     let spawned = die_with_parent(command).spawn();
     // The command keeps our copies of the writing end; without this the output would never end.
     command.stdout(Stdio::null()).stderr(Stdio::null());
     let mut running = Running { child: spawned?, finished: false };
-    if let Some(guard) = guard {
-        guard.watch(running.child.id())?;
-    }
 
     let mut tail = Tail::default();
     let mut buffer = [0u8; 16 * 1024];
@@ -304,6 +338,14 @@ mod tests {
     }
 
     #[test]
+    fn numbers_are_lines() {
+        for number in [0, 7, 10, 4096, u32::MAX] {
+            let (line, length) = decimal_line(number);
+            assert_eq!(std::str::from_utf8(&line[..length]).unwrap(), format!("{number}\n"));
+        }
+    }
+
+    #[test]
     fn a_guard_whose_pipe_closes_kills_the_group_and_removes_the_paths() {
         let dir = tempfile::tempdir().unwrap();
         let victim = dir.path().join("victim dir");
@@ -311,8 +353,10 @@ mod tests {
         std::fs::write(victim.join("file"), "x").unwrap();
         let mut guard = Guard::new(&[&victim]).unwrap();
         // Two generations, as with mmdebstrap and apt.
-        let mut child = shell("sleep 1000 & sleep 1000; true").process_group(0).spawn().unwrap();
-        guard.watch(child.id()).unwrap();
+        let mut command = shell("sleep 1000 & sleep 1000; true");
+        guard.watch(command.process_group(0)).unwrap();
+        let mut child = command.spawn().unwrap();
+        drop(command); // it holds the pipe open as well
         drop(guard.pipe.take()); // as if we had been killed
         assert!(!child.wait().unwrap().success());
         guard.shell.wait().unwrap();

@@ -40,7 +40,7 @@ pub(super) fn provide(cache: &Cache, events: &Arc<dyn EventSink>) -> Result<Path
     });
     let mut compiled = 0;
     let result = (|| {
-        let mut guard = process::Guard::new::<&str>(&[])
+        let guard = process::Guard::new::<&str>(&[])
             .map_err(|e| Failure::environment(format!("cannot start /bin/sh: {e}")))?;
         let mut command = Command::new(cargo);
         command.args(["build", "--release", "-p", "guest-agent", "--target", TARGET]).current_dir(&source);
@@ -52,7 +52,7 @@ pub(super) fn provide(cache: &Cache, events: &Arc<dyn EventSink>) -> Result<Path
         for variable in ["CARGO_BUILD_TARGET", "CARGO_BUILD_RUSTC_WRAPPER", "CARGO_BUILD_TARGET_DIR"] {
             command.env_remove(variable);
         }
-        let done = process::run(&mut command, Some(&mut guard), &mut |line| {
+        let done = process::run(&mut command, Some(&guard), &mut |line| {
             let line = line.trim();
             if line.starts_with("Compiling ")
                 || line.starts_with("Blocking ")

@@ -84,7 +84,7 @@ pub(super) fn extract(
     command.current_dir(&partial.path);
 
     let mut progress = Progress::new(what.step, events);
-    let done = process::run(&mut command, Some(&mut partial.guard), &mut |line| progress.line(line))
+    let done = process::run(&mut command, Some(&partial.guard), &mut |line| progress.line(line))
         .map_err(|e| cache.trouble("cannot run mmdebstrap", &e))?;
     if !done.status.success() {
         return Err(explain(cache, what, &done.tail, progress.errors));

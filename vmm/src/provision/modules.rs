@@ -163,7 +163,7 @@ fn build(
     let shares = sandbox::Shares { sources: &sources, results: &results };
     let mut sandbox = sandbox::sandbox(kernel, &shares, &script)?;
     let mut log = String::new();
-    let done = process::run(&mut sandbox.command, Some(&mut partial.guard), &mut |line| {
+    let done = process::run(&mut sandbox.command, Some(&partial.guard), &mut |line| {
         log.push_str(line);
         log.push('\n');
     })
@@ -276,7 +276,7 @@ fn apply(cache: &Cache, patch: &Path, diff: &[u8], dir: &Path, partial: &mut Par
         )
         .remedy("apt-get install patch"));
     };
-    let done = process::run(command.current_dir(dir), Some(&mut partial.guard), &mut |_| {})
+    let done = process::run(command.current_dir(dir), Some(&partial.guard), &mut |_| {})
         .map_err(|e| cache.trouble("cannot run patch", &e))?;
     let _ = fs::remove_file(&copy);
     if done.status.success() {
