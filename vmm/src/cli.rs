@@ -227,8 +227,9 @@ pub struct RunArgs {
     /// Arguments to put at the end of the guest kernel's command line
     #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true)]
     pub append: Option<String>,
-    /// A device of the host that the guest gets as well: its PCI address, such as 0000:01:00.0; with --nested edu, QEMU's test
-    /// device in the outer guest. Needs --machine kvm and an IOMMU
+    /// A device of the host that the guest gets as well: its PCI address, such as 0000:01:00.0; with --nested gpu, for
+    /// the testbench's own functions as devices of the outer guest, or edu, QEMU's test device there. Needs --machine kvm and an
+    /// IOMMU
     #[arg(long, value_name = "BDF")]
     pub vfio: Option<String>,
     /// Run to the end whatever is found; else a run ends ten seconds of guest time after its first violation

@@ -70,7 +70,8 @@ fn what_this_version_lacks_is_said() {
 fn what_contradicts_nested_is_refused() {
     for (arguments, said) in [
         (&["run", "--machine", "qemu", "--vfio", "0000:00:00.0"][..], "--machine kvm"),
-        (&["run", "--machine", "kvm", "--vfio", "gpu"], "no PCI address"),
+        (&["run", "--machine", "kvm", "--vfio", "gpu"], "--nested"),
+        (&["run", "--machine", "kvm", "--vfio", "01:00"], "no PCI address"),
         (&["run", "--machine", "kvm", "--nested", "--vfio", "0000:00:04.0"], "edu"),
         (&["run", "--nested", "--accel", "tcg"][..], "contradicts"),
         (&["run", "--machine", "kvm", "--accel", "tcg"], "--machine kvm"),

@@ -10,7 +10,9 @@ use crate::failure::{Failure, Result};
 use crate::machine::kvm::Bdf;
 
 /// Where QEMU puts its test device, and so its address in the outer guest.
-const EDU: &str = "0000:00:04.0";
+const EDU: [&str; 1] = ["0000:00:04.0"];
+/// Where it puts our functions.
+const GPU: [&str; 2] = ["0000:00:04.0", "0000:00:05.0"];
 /// QEMU's arguments for it. Its DMA reaches 256 MiB if nothing is said.
 const EDU_DEVICE: &str = "edu,bus=pcie.0,addr=4,dma_mask=0xffffffff";
 
@@ -22,6 +24,8 @@ pub enum Vfio {
     Host(Bdf),
     /// QEMU's test device, in the outer guest of a nested run.
     Edu,
+    /// The testbench's own virtual GPU and its witness, likewise.
+    Gpu,
 }
 
 impl Vfio {
@@ -38,14 +42,15 @@ impl Vfio {
         }
         match (nested, text, text.parse()) {
             (true, "edu", _) => Ok(Self::Edu),
+            (true, "gpu", _) => Ok(Self::Gpu),
             (true, ..) => {
                 Err(Failure::usage(format!("--vfio {text}: the outer guest of --nested has no such device"))
                     .remedy(
-                        "it has edu, QEMU's test device; a device of this host needs a run without --nested",
+                        "it has gpu, the testbench's own, and edu, QEMU's test device; a device of this host needs a run without --nested",
                     ))
             }
-            (false, "edu", _) => {
-                Err(Failure::usage("--vfio edu: only the outer guest of --nested has that device")
+            (false, "edu" | "gpu", _) => {
+                Err(Failure::usage(format!("--vfio {text}: only the outer guest of --nested has that device"))
                     .remedy("give --nested too, or the address of a device of this host"))
             }
             (false, _, Ok(bdf)) => Ok(Self::Host(bdf)),
@@ -55,22 +60,25 @@ impl Vfio {
         }
     }
 
-    /// Its address where the machine runs.
+    /// The addresses where the machine runs.
     ///
     /// # Errors
     /// None but a defect.
-    pub fn device(&self) -> Result<Bdf> {
+    pub fn devices(&self) -> Result<Vec<Bdf>> {
+        let parse = |all: &[&str]| all.iter().map(|text| text.parse()).collect::<Result<_, _>>();
         match self {
-            Self::Host(bdf) => Ok(*bdf),
-            Self::Edu => EDU.parse().map_err(|error| Failure::environment(format!("a defect: {error}"))),
+            Self::Host(bdf) => Ok(vec![*bdf]),
+            Self::Edu => parse(&EDU),
+            Self::Gpu => parse(&GPU),
         }
+        .map_err(|error: String| Failure::environment(format!("a defect: {error}")))
     }
 
     /// QEMU's arguments for an outer guest that has it.
     #[must_use]
     pub fn outer_device(&self) -> Option<&'static str> {
         match self {
-            Self::Host(_) => None,
+            Self::Host(_) | Self::Gpu => None,
             Self::Edu => Some(EDU_DEVICE),
         }
     }
@@ -81,6 +89,7 @@ impl fmt::Display for Vfio {
         match self {
             Self::Host(bdf) => bdf.fmt(f),
             Self::Edu => f.write_str("edu"),
+            Self::Gpu => f.write_str("gpu"),
         }
     }
 }
@@ -94,7 +103,9 @@ mod tests {
         let host = Vfio::new("01:00.0", MachineName::Kvm, false).unwrap();
         assert_eq!(host.to_string(), "0000:01:00.0");
         let edu = Vfio::new("edu", MachineName::Kvm, true).unwrap();
-        assert_eq!((edu, edu.device().unwrap().to_string().as_str()), (Vfio::Edu, EDU));
+        let addresses = |vfio: Vfio| vfio.devices().unwrap().iter().map(Bdf::to_string).collect::<Vec<_>>();
+        assert_eq!(addresses(edu), EDU);
+        assert_eq!(addresses(Vfio::new("gpu", MachineName::Kvm, true).unwrap()), GPU);
         for (text, machine, nested, said) in [
             ("01:00.0", MachineName::Qemu, false, "--machine qemu"),
             ("edu", MachineName::Qemu, true, "--machine qemu"),

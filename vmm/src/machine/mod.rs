@@ -76,7 +76,7 @@ pub struct MachineConfig {
 }
 
 /// How a machine ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MachineExit {
     /// The guest switched it off.
     PoweredOff,

@@ -11,6 +11,7 @@ use guest_protocol::Message;
 use serde::{Deserialize, Serialize};
 use vgpu::oracle::Violation;
 
+use crate::machine::MachineExit;
 use crate::report::results::Results;
 
 /// Version of the frames; both ends are the same program, so another one means a mixed-up file.
@@ -37,6 +38,10 @@ pub enum Frame {
     Log(Vec<u8>),
     /// Inside to outside: the run is over. The last frame from there.
     Results(Box<Results>),
+    /// Inside to outside: how the machine ended that carries the outside's run. The last frame from there.
+    Exit(Box<MachineExit>),
+    /// Outside to inside: send that machine's processors a non-maskable interrupt.
+    Nmi,
     /// Outside to inside: end the run in order.
     Interrupt,
     /// Outside to inside: the results have arrived, and the outer guest can be switched off.
@@ -85,15 +90,17 @@ const LOG: u8 = 4;
 const RESULTS: u8 = 5;
 const INTERRUPT: u8 = 6;
 const RECEIVED: u8 = 7;
+const EXIT: u8 = 8;
+const NMI: u8 = 9;
 
 /// The longest body of a kind; none for a kind that does not exist.
 fn longest(kind: u8) -> Option<usize> {
     match kind {
         HELLO => Some(4096),
-        EVENT => Some(MAX_EVENT),
+        EVENT | EXIT => Some(MAX_EVENT),
         LOG => Some(MAX_LOG),
         RESULTS => Some(MAX_RESULTS),
-        ALIVE | INTERRUPT | RECEIVED => Some(0),
+        ALIVE | INTERRUPT | RECEIVED | NMI => Some(0),
         _ => None,
     }
 }
@@ -115,6 +122,8 @@ impl Frame {
             Self::Event(event) => (EVENT, json(serde_json::to_vec(event))?),
             Self::Log(bytes) => (LOG, bytes.clone()),
             Self::Results(results) => (RESULTS, json(serde_json::to_vec(results))?),
+            Self::Exit(exit) => (EXIT, json(serde_json::to_vec(exit))?),
+            Self::Nmi => (NMI, Vec::new()),
             Self::Interrupt => (INTERRUPT, Vec::new()),
             Self::Received => (RECEIVED, Vec::new()),
         };
@@ -175,6 +184,8 @@ impl Frame {
             EVENT => Self::Event(Box::new(serde_json::from_slice(&body).map_err(no_json)?)),
             LOG => Self::Log(body),
             RESULTS => Self::Results(Box::new(serde_json::from_slice(&body).map_err(no_json)?)),
+            EXIT => Self::Exit(Box::new(serde_json::from_slice(&body).map_err(no_json)?)),
+            NMI => Self::Nmi,
             INTERRUPT => Self::Interrupt,
             RECEIVED => Self::Received,
             _ => return Err(bad("no such kind")),

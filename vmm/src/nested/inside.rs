@@ -19,17 +19,25 @@ use parking_lot::Mutex;
 
 use super::frame::{Frame, Hello, InnerEvent, MAX_LOG, VERSION};
 use super::{Order, PORT, place};
+use crate::cli::vfio::Vfio;
 use crate::event::{Event, EventSink};
 use crate::failure::{Failure, Result};
+use crate::machine::kvm::{self, KvmOptions};
+use crate::machine::{MachineConfig, MachineExit};
 use crate::provision::{Kernel, Modules, QemuProgram};
 use crate::report::results::Results;
 use crate::runner;
 use crate::runner::parts::Parts;
+use crate::runner::{accel, plan};
 
 /// How long the port may take to appear, and the host to say that it has the results.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How often the host is told that somebody lives here.
 const ALIVE: Duration = Duration::from_secs(1);
+/// How often wishes of the host are looked for.
+const LOOK: Duration = Duration::from_millis(100);
+/// Whether memory that is a file gets large pages.
+const HUGE_FILES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 /// A module that the kernel is to decompress itself.
 const COMPRESSED_FILE: u32 = 4;
 
@@ -64,10 +72,11 @@ fn serve() -> Result<()> {
     line.send(&Frame::Hello(Hello { version: VERSION, kernel: release() }));
     let interrupted = Arc::new(AtomicBool::new(false));
     let (received, receipt) = sync_channel(1);
-    listen(reader, Arc::clone(&interrupted), received)?;
+    let nmi = Arc::new(AtomicBool::new(false));
+    listen(reader, Arc::clone(&interrupted), Arc::clone(&nmi), received)?;
     beat(Arc::clone(&line))?;
-    let results = make(&line, &interrupted)?;
-    line.send(&Frame::Results(Box::new(results)));
+    let last = make(&line, &interrupted, &nmi)?;
+    line.send(&last);
     wait_for_receipt(&receipt);
     Ok(())
 }
@@ -104,25 +113,78 @@ impl EventSink for Line {
     }
 }
 
-/// Makes the run; a failure is part of its results.
-fn make(line: &Arc<Line>, interrupted: &AtomicBool) -> Result<Results> {
+/// Makes or carries the run; a failure is part of what came of it. The last frame to send.
+fn make(line: &Arc<Line>, interrupted: &AtomicBool, nmi: &AtomicBool) -> Result<Frame> {
     let order: Order = serde_json::from_slice(&read(Path::new(place::ORDER))?)
         .map_err(|error| Failure::environment(format!("the order cannot be read (a defect): {error}")))?;
+    if order.config.vfio == Some(Vfio::Gpu) {
+        let exit = carry(&order, line, interrupted, nmi).unwrap_or_else(|failure| MachineExit::Died {
+            status: format!("it could not be started in the outer guest: {failure}"),
+            stderr_tail: String::new(),
+        });
+        return Ok(Frame::Exit(Box::new(exit)));
+    }
     let made = carry_out(&order, line, interrupted);
-    Ok(made.unwrap_or_else(|failure| runner::not_made(&order.config, &failure)))
+    let results = made.unwrap_or_else(|failure| runner::not_made(&order.config, &failure));
+    Ok(Frame::Results(Box::new(results)))
 }
 
-fn carry_out(order: &Order, line: &Arc<Line>, interrupted: &AtomicBool) -> Result<Results> {
+fn prepare(order: &Order) -> Result<()> {
     for module in &order.modules {
         load(module)?;
     }
-    if let Some(vfio) = &order.config.vfio {
-        hand_over(Path::new("/sys/bus/pci"), &vfio.device()?.to_string())?;
+    for device in order.config.vfio.as_ref().map_or(Ok(Vec::new()), Vfio::devices)? {
+        hand_over(Path::new("/sys/bus/pci"), &device.to_string())?;
     }
+    Ok(())
+}
+
+/// Runs the machine of a run that the host makes: its functions are the outer guest's devices.
+fn carry(order: &Order, line: &Arc<Line>, interrupted: &AtomicBool, nmi: &AtomicBool) -> Result<MachineExit> {
+    prepare(order)?;
+    // Each piece of memory that the IOMMU knows is a message of QEMU's to the functions' server. Large pages make that hundreds
+    // of them, not hundreds of thousands.
+    fs::write(HUGE_FILES, "always")
+        .map_err(|error| Failure::environment(format!("cannot write {HUGE_FILES}: {error}")))?;
+    let accel = accel::choose_inside()?.accel;
+    let config = &order.config;
     let parts = parts(order);
-    let open = |path: &str| {
-        File::open(path).map_err(|error| Failure::environment(format!("cannot open {path}: {error}")))
+    let console = Arc::clone(line);
+    let machine = MachineConfig {
+        kernel: parts.kernel.image.clone(),
+        initramfs: open(place::INITRAMFS)?,
+        cmdline: plan::cmdline(config.append.as_deref()),
+        cpus: config.cpus,
+        memory_bytes: config.memory_bytes,
+        accel,
+        functions: Vec::new(),
+        console: Box::new(move |bytes| {
+            bytes.chunks(MAX_LOG).for_each(|part| console.send(&Frame::Log(part.to_vec())));
+        }),
+        interactive: false,
     };
+    let vfio = config.vfio.as_ref().map_or(Ok(Vec::new()), Vfio::devices)?;
+    let mut machine = kvm::start(KvmOptions { emulated_svm: true, vfio, ..KvmOptions::default() }, machine)?;
+    loop {
+        if let Some(exit) = machine.wait(LOOK) {
+            return Ok(exit);
+        }
+        if interrupted.load(Ordering::SeqCst) {
+            machine.kill();
+        }
+        if nmi.swap(false, Ordering::SeqCst) {
+            machine.nmi()?;
+        }
+    }
+}
+
+fn open(path: &str) -> Result<File> {
+    File::open(path).map_err(|error| Failure::environment(format!("cannot open {path}: {error}")))
+}
+
+fn carry_out(order: &Order, line: &Arc<Line>, interrupted: &AtomicBool) -> Result<Results> {
+    prepare(order)?;
+    let parts = parts(order);
     let initramfs = open(place::INITRAMFS)?;
     let (log, copier) = log(Arc::clone(line))?;
     let outcome = runner::run_inside(&order.config, &parts, initramfs, log, line.as_ref(), interrupted);
@@ -211,10 +273,16 @@ fn hand_over(bus: &Path, device: &str) -> Result<()> {
 }
 
 /// Follows what the host says. When it is gone, the run ends too.
-fn listen(mut port: File, interrupted: Arc<AtomicBool>, received: SyncSender<()>) -> Result<()> {
+fn listen(
+    mut port: File,
+    interrupted: Arc<AtomicBool>,
+    nmi: Arc<AtomicBool>,
+    received: SyncSender<()>,
+) -> Result<()> {
     thread("line", move || {
         loop {
             match Frame::read(&mut port) {
+                Ok(Some(Frame::Nmi)) => nmi.store(true, Ordering::SeqCst),
                 Ok(Some(Frame::Received)) => drop(received.try_send(())),
                 Ok(Some(Frame::Interrupt)) | Err(_) | Ok(None) => {
                     interrupted.store(true, Ordering::SeqCst);

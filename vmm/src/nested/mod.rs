@@ -11,10 +11,12 @@
 //! | [`outside`] | this host | gathers the parts, boots the outer guest, watches it, passes events and results on |
 //! | [`image`] | this host | the outer guest's files |
 //! | [`inside`] | PID 1 of the outer guest | loads KVM, makes the run, sends what happens, switches off |
+//! | [`carried`] | this host | with `--vfio gpu`: the run itself, its functions handed over to the machine inside |
 //! | [`frame`] | between them | a virtio-serial port with bounded frames |
 //!
 //! Why it is set up as it is: `docs/decisions/0007-nested.md`.
 
+pub(crate) mod carried;
 pub mod frame;
 pub mod image;
 pub mod inside;

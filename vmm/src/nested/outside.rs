@@ -21,7 +21,7 @@ use crate::console::{Console, Item};
 use crate::event::{Event, EventSink};
 use crate::failure::{Failure, FailureKind, Result};
 use crate::machine::qemu::{self, Port};
-use crate::machine::{Accel, Machine, MachineConfig, MachineExit};
+use crate::machine::{Accel, ConsoleSink, FunctionSlot, Machine, MachineConfig, MachineExit};
 use crate::provision::{Cache, Kernel, Provisioner};
 use crate::report::out::OutDir;
 use crate::report::results::{Results, SCHEMA_VERSION, Verdict, ViolationRecord};
@@ -38,13 +38,13 @@ const OUTER_BYTES: u64 = 512 << 20;
 const QUEUE: usize = 1024;
 const TICK: Duration = Duration::from_millis(100);
 /// Host time until the outer guest's PID 1 says hello.
-const BOOT: Duration = Duration::from_secs(180);
+pub(super) const BOOT: Duration = Duration::from_secs(180);
 /// Host time without a frame; one is due every second.
-const SILENCE: Duration = Duration::from_secs(90);
+pub(super) const SILENCE: Duration = Duration::from_secs(90);
 /// Host time that an interrupted run has to end in order.
 const GRACE: Duration = Duration::from_secs(15);
 /// Host time that an outer guest has to print its stacks, and that it has to switch itself off.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(5);
 /// A gap between two ticks from which on this process itself stood still.
 const STOOD_STILL: Duration = Duration::from_secs(5);
 /// Console lines shown of a lost outer guest.
@@ -81,7 +81,7 @@ enum Input {
 impl Outside<'_> {
     /// Makes the run. `inner` are the inner guest's files. What came of it is in `results`; the outer guest is gone.
     pub(crate) fn run(&self, mut inner: File, results: &mut Results) -> Result<()> {
-        let kernel = self.outer_kernel()?;
+        let kernel = outer_kernel(self.parts, self.events)?;
         let begin = Instant::now();
         let image = image::build(self.config, self.parts, &kernel, &mut inner, self.parts.qemu()?)?;
         drop(inner);
@@ -102,7 +102,12 @@ impl Outside<'_> {
             .try_clone()
             .map_err(|error| Failure::environment(format!("cannot share the line: {error}")))?;
         let console = Arc::new(Mutex::new(OuterConsole::new(outer_log)));
-        let machine = self.start(&kernel, image, theirs, Arc::clone(&console))?;
+        // Taken at once, without a queue: the machine's end waits for the console's.
+        let sink: ConsoleSink = Box::new({
+            let console = Arc::clone(&console);
+            move |bytes| console.lock().feed(bytes)
+        });
+        let machine = start_outer(self.config, self.parts, &kernel, image, theirs, Vec::new(), sink)?;
         listen(reader, queue)?;
         let following = Following {
             outside: self,
@@ -122,45 +127,47 @@ impl Outside<'_> {
         following.follow(&inputs, results)
     }
 
-    /// The outer guest runs the default kernel, whatever the inner one does: it has KVM as modules.
-    fn outer_kernel(&self) -> Result<Kernel> {
-        if self.parts.kernel.name == DEFAULT_KERNEL {
-            return Ok(self.parts.kernel.clone());
-        }
-        Provisioner::new(Cache::from_env()?, Arc::clone(self.events)).kernel(DEFAULT_KERNEL)
-    }
-
-    fn start(
-        &self,
-        kernel: &Kernel,
-        image: Image,
-        port: UnixStream,
-        console: Arc<Mutex<OuterConsole>>,
-    ) -> Result<Box<dyn Machine>> {
-        // The inner guest's memory, its VRAM, and its files once more on their way into it. The archive is there twice while it is
-        // unpacked.
-        let memory =
-            self.config.memory_bytes + GpuConfig::default().vram_bytes + 3 * image.bytes + OUTER_BYTES;
-        let handed = self.config.vfio.and_then(|vfio| vfio.outer_device());
-        let iommu = if handed.is_some() { " intel_iommu=on" } else { "" };
-        let config = MachineConfig {
-            kernel: kernel.image.clone(),
-            initramfs: image.file,
-            cmdline: format!("{CMDLINE}{iommu} -- {COMMAND}"),
-            cpus: self.config.outer_cpus,
-            memory_bytes: memory.next_multiple_of(2 << 20),
-            accel: Accel::Tcg,
-            functions: Vec::new(),
-            // Taken at once, without a queue: the machine's end waits for the console's.
-            console: Box::new(move |bytes| console.lock().feed(bytes)),
-            interactive: false,
-        };
-        qemu::start_outer(self.parts.qemu()?, config, Port { name: PORT, socket: port, handed })
-    }
-
     fn note(&self, text: String) {
         self.events.event(Event::Note { text });
     }
+}
+
+/// The outer guest runs the default kernel, whatever the inner one does: it has KVM as modules.
+pub(crate) fn outer_kernel(parts: &Parts, events: &Arc<dyn EventSink>) -> Result<Kernel> {
+    if parts.kernel.name == DEFAULT_KERNEL {
+        return Ok(parts.kernel.clone());
+    }
+    Provisioner::new(Cache::from_env()?, Arc::clone(events)).kernel(DEFAULT_KERNEL)
+}
+
+/// Boots the outer guest of a run, with these functions.
+pub(super) fn start_outer(
+    run: &RunConfig,
+    parts: &Parts,
+    kernel: &Kernel,
+    image: Image,
+    port: UnixStream,
+    functions: Vec<FunctionSlot>,
+    console: ConsoleSink,
+) -> Result<Box<dyn Machine>> {
+    // The inner guest's memory, its VRAM, and its files once more on their way into it. The archive is there twice while it is
+    // unpacked.
+    let memory = run.memory_bytes + GpuConfig::default().vram_bytes + 3 * image.bytes + OUTER_BYTES;
+    let iommu = if run.vfio.is_some() { " intel_iommu=on" } else { "" };
+    let config = MachineConfig {
+        kernel: kernel.image.clone(),
+        initramfs: image.file,
+        cmdline: format!("{CMDLINE}{iommu} -- {COMMAND}"),
+        cpus: run.outer_cpus,
+        memory_bytes: memory.next_multiple_of(2 << 20),
+        accel: Accel::Tcg,
+        functions,
+        console,
+        interactive: false,
+    };
+    let handed = run.vfio.and_then(|vfio| vfio.outer_device());
+    let port = Port { name: PORT, socket: port, iommu: run.vfio.is_some(), handed };
+    qemu::start_outer(parts.qemu()?, config, port)
 }
 
 /// Reads frames on a thread of its own until the line ends.
@@ -187,18 +194,18 @@ fn listen(mut line: UnixStream, queue: SyncSender<Input>) -> Result<()> {
 /// The outer guest's console. It is not the run's: only what its kernel complains of is of interest.
 ///
 /// Its lock is held while bytes are taken or complaints are fetched, and nothing else is waited for meanwhile.
-struct OuterConsole {
+pub(super) struct OuterConsole {
     console: Console,
     /// Complaints that nobody has fetched yet.
     complaints: Vec<String>,
 }
 
 impl OuterConsole {
-    fn new(log: Option<File>) -> Self {
+    pub(super) fn new(log: Option<File>) -> Self {
         Self { console: Console::new(log), complaints: Vec::new() }
     }
 
-    fn feed(&mut self, bytes: &[u8]) {
+    pub(super) fn feed(&mut self, bytes: &[u8]) {
         let mut items = Vec::new();
         self.console.feed(bytes, &mut items);
         self.take(items);
@@ -381,7 +388,10 @@ impl Following<'_> {
                 }
                 self.results = Some(theirs);
             }
-            (Frame::Interrupt | Frame::Received, true) => return out_of_turn("a frame of the host's"),
+            (Frame::Exit(_), true) => return out_of_turn("the end of a machine that it does not carry"),
+            (Frame::Interrupt | Frame::Nmi | Frame::Received, true) => {
+                return out_of_turn("a frame of the host's");
+            }
         }
         Ok(())
     }

@@ -37,7 +37,8 @@ use crate::event::{Event, EventSink};
 use crate::failure::{Failure, FailureKind, Result};
 use crate::machine::kvm::KvmOptions;
 use crate::machine::{Accel, MachineConfig, kvm, qemu};
-use crate::nested::outside::Outside;
+use crate::nested::carried::Outer;
+use crate::nested::outside::{Outside, outer_kernel};
 use crate::report::out::OutDir;
 use crate::report::results::{ErrorRecord, Results, SCHEMA_VERSION, Verdict, ViolationRecord};
 use device::Device;
@@ -114,13 +115,21 @@ fn make(
     results.kernel.clone_from(&parts.kernel.release);
     note(format!("{machine}, kernel {} ({})", parts.kernel.release, parts.kernel.name));
     let initramfs = parts::initramfs(config, &parts, &plan)?;
-    if config.nested {
+    let carried = config.vfio == Some(Vfio::Gpu);
+    if config.nested && !carried {
         let outside = Outside { config, parts: &parts, plan: &plan, events, interrupted, out };
         return outside.run(initramfs, results);
     }
     let log = out.map(OutDir::console_log).transpose()?;
-    let limits = Limits::default();
-    let given = Boot { parts: &parts, plan: &plan, initramfs, log, limits, accel: accel.accel };
+    let (mut limits, mut outer) = (Limits::default(), None);
+    if carried {
+        limits = crate::nested::limits(limits);
+        // QEMU is only the host of the machine.
+        results.machine_version = Some(env!("CARGO_PKG_VERSION").to_owned());
+        let log = out.map(OutDir::outer_console_log).transpose()?;
+        outer = Some(Outer { kernel: outer_kernel(&parts, events)?, log });
+    }
+    let given = Boot { parts: &parts, plan: &plan, initramfs, log, limits, accel: accel.accel, outer };
     follow(config, given, events.as_ref(), interrupted, results)
 }
 
@@ -144,7 +153,8 @@ pub(crate) fn run_inside(
         results.machine_version = Some(parts.machine().0);
         results.kernel.clone_from(&parts.kernel.release);
         let limits = crate::nested::limits(Limits::default());
-        let given = Boot { parts, plan: &plan, initramfs, log: Some(log), limits, accel: accel.accel };
+        let given =
+            Boot { parts, plan: &plan, initramfs, log: Some(log), limits, accel: accel.accel, outer: None };
         follow(config, given, events, interrupted, &mut results)
     };
     let failure = make().err();
@@ -170,6 +180,8 @@ struct Boot<'a> {
     log: Option<File>,
     limits: Limits,
     accel: Accel,
+    /// The outer guest whose machine carries the run, if it is one that this process judges itself.
+    outer: Option<Outer>,
 }
 
 /// Boots a guest, follows it to its end, and judges.
@@ -180,7 +192,7 @@ fn follow(
     interrupted: &AtomicBool,
     results: &mut Results,
 ) -> Result<()> {
-    let Boot { parts, plan, initramfs, log, limits, accel } = boot;
+    let Boot { parts, plan, initramfs, log, limits, accel, outer } = boot;
     let (queue, inputs) = sync_channel(QUEUE);
     let line = GuestLine::new(queue.clone());
     let size = GpuConfig::default();
@@ -190,7 +202,7 @@ fn follow(
         Finds::follow(&oracle, Arc::clone(&line), move |workload| replay::command(&replay, workload));
     let device = Device::new(Arc::clone(&oracle), size, line.clone())?;
     let start = Instant::now();
-    let mut machine = start_machine(config, parts, &device, initramfs, accel, queue)?;
+    let mut machine = start_machine(config, parts, &device, initramfs, accel, queue, outer)?;
     let session = Session::new(Given {
         machine: machine.as_mut(),
         device: &device,
@@ -217,6 +229,7 @@ fn start_machine(
     initramfs: File,
     accel: Accel,
     queue: std::sync::mpsc::SyncSender<Input>,
+    outer: Option<Outer>,
 ) -> Result<Box<dyn crate::machine::Machine>> {
     let machine = MachineConfig {
         kernel: parts.kernel.image.clone(),
@@ -235,7 +248,10 @@ fn start_machine(
     match config.machine {
         MachineName::Qemu => qemu::start(parts.qemu()?, machine),
         MachineName::Kvm => {
-            let vfio = config.vfio.iter().map(Vfio::device).collect::<Result<_>>()?;
+            if let Some(outer) = outer {
+                return outer.start(config, parts, machine);
+            }
+            let vfio = config.vfio.as_ref().map_or(Ok(Vec::new()), Vfio::devices)?;
             let options = KvmOptions { emulated_svm: config.nested, vfio, ..KvmOptions::default() };
             kvm::start(options, machine)
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A device that is handed over: QEMU's `edu`, from a nested run's outer guest to the guest in it.
+//! Devices that are handed over, from a nested run's outer guest to the guest in it: QEMU's `edu`, and our own.
 //!
-//! The program in the guest is this very test program, with its test `in_the_guest`: it talks to the device through sysfs alone.
+//! With `edu` the program in the guest is this very test program, with its test `in_the_guest`: it talks to the device through sysfs alone.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous};
 
-use crate::support::{machine, run_in};
+use crate::support::{machine, mutant, run, run_in};
 
 const PAGE: usize = 4096;
 /// Where the host's documentation of `edu` has its registers.
@@ -33,6 +33,23 @@ const COMMAND: usize = 0x98;
 const BUFFER: u64 = 0x4_0000;
 /// A processor's vector that Linux has no handler for: it says so by name when it gets one.
 const VECTOR: u8 = 0xd3;
+
+/// A run with our functions handed over.
+const GPU: [&str; 13] = [
+    "--machine",
+    "kvm",
+    "--nested",
+    "--vfio",
+    "gpu",
+    "--cpus",
+    "1",
+    "--memory",
+    "512M",
+    "--seed",
+    "1",
+    "--iterations",
+    "1",
+];
 
 #[test]
 fn a_device_is_handed_over() {
@@ -76,6 +93,30 @@ fn a_device_is_handed_over() {
     // What was not the guest's memory was refused, by the IOMMU and nobody else.
     assert!(outer.contains("DMAR") && outer.contains("fault addr 0xb0000000"), "{outer}");
     finished.expect_status(0);
+}
+
+/// The testbench's own GPU, and its witness, handed over: device and oracle are in this process, the guest two machines away.
+#[test]
+fn the_gpu_is_handed_over() {
+    let _one = machine();
+    let finished = run(GPU.iter().chain(&["access", "release", "unregister"]));
+    finished.expect_status(0);
+    assert_eq!((&finished.results["machine"], &finished.results["nested"]), (&"kvm".into(), &true.into()));
+    assert_eq!(finished.counter("probes_missed"), 0);
+    for (name, least) in [("contexts", 20), ("releases", 2), ("accesses", 10_000), ("faults", 50)] {
+        assert!(finished.counter(name) >= least, "{name}: {}", finished.counter(name));
+    }
+}
+
+#[test]
+fn a_broken_driver_is_caught_on_a_gpu_that_is_handed_over() {
+    let _one = machine();
+    let patch = mutant("release-skip-teardown");
+    let finished = run(GPU.iter().copied().chain(["release", "--patch", &patch]));
+    finished.expect_status(1).expect_said("release/late");
+    let violation = finished.violation("release/late");
+    let replay = violation["replay"].as_str().expect("a replay command");
+    assert!(replay.contains("--machine kvm --nested --vfio gpu"), "{replay}");
 }
 
 /// What the guest does. Not for the host.

@@ -38,7 +38,9 @@ pub(super) struct Parts<'a> {
     pub functions: &'a [(&'static str, RawFd)],
     /// The port of an outer guest, and the name it has there.
     pub port: Option<(&'static str, RawFd)>,
-    /// A device for an outer guest to hand on, which needs an IOMMU for that.
+    /// An outer guest gets an IOMMU, to hand devices on.
+    pub iommu: bool,
+    /// A device for it to hand on, beside the functions.
     pub handed: Option<&'static str>,
 }
 
@@ -81,7 +83,7 @@ pub(super) fn arguments(parts: &Parts<'_>) -> Vec<OsString> {
     add("-kernel", parts.kernel.into());
     add("-initrd", descriptor(parts.initramfs).into());
     add("-append", cmdline.into());
-    if parts.handed.is_some() {
+    if parts.iommu {
         // Before all devices that it serves. Caching mode tells it of new translations too, not only of those that go.
         add("-device", "intel-iommu,intremap=on,caching-mode=on".into());
     }
@@ -132,6 +134,7 @@ mod tests {
             monitor: 12,
             functions: &[("gpu", 13), ("witness", 14)],
             port: None,
+            iommu: false,
             handed: None,
         };
         let arguments: Vec<_> = arguments(&parts).into_iter().map(|a| a.into_string().unwrap()).collect();

@@ -41,7 +41,9 @@ pub struct Port {
     pub name: &'static str,
     /// The guest's end.
     pub socket: UnixStream,
-    /// QEMU's arguments for a device that the guest is to hand on to its own guest; it gets an IOMMU for that.
+    /// The guest gets an IOMMU, to hand devices on to its own guest.
+    pub iommu: bool,
+    /// QEMU's arguments for such a device, beside the functions.
     pub handed: Option<&'static str>,
 }
 
@@ -92,6 +94,7 @@ fn try_start(program: &QemuProgram, config: MachineConfig, port: Option<Port>) -
         console: inherit(console_theirs.into()),
         monitor: inherit(monitor_theirs.into()),
         functions: &functions,
+        iommu: port.as_ref().is_some_and(|port| port.iommu),
         handed: port.as_ref().and_then(|port| port.handed),
         port: port.map(|port| (port.name, inherit(port.socket.into()))),
     });
