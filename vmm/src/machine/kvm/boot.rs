@@ -8,7 +8,9 @@ use std::path::Path;
 
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::{BzImage, Elf, KernelLoader, PvhBootCapability};
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory_of_loader as loader_memory;
+use vm_memory_of_loader::ByteValued;
 
 use super::layout::{
     ACPI, CMDLINE, CMDLINE_BYTES, GDT, HIGH_MEMORY, Layout, PAGE, PAGE_TABLES, PVH_INFO, RESET_VECTOR,
@@ -56,6 +58,7 @@ pub(super) fn load(
     let unusable = |what: String| Failure::usage(format!("the kernel {}: {what}", kernel.display()));
     let mut image = File::open(kernel)
         .map_err(|error| Failure::environment(format!("cannot read {}: {error}", kernel.display())))?;
+    let low = low_memory(memory)?;
     let mut magic = [0; 4];
     image.read_exact(&mut magic).map_err(|error| unusable(format!("cannot be read: {error}")))?;
     if cmdline.len() as u64 >= CMDLINE_BYTES || cmdline.contains('\0') {
@@ -63,7 +66,7 @@ pub(super) fn load(
     }
     write(memory, CMDLINE, cmdline.as_bytes())?;
     if magic == *b"\x7fELF" {
-        let loaded = Elf::load(memory, None, &mut image, Some(GuestAddress(HIGH_MEMORY)))
+        let loaded = Elf::load(&low, None, &mut image, Some(loader_memory::GuestAddress(HIGH_MEMORY)))
             .map_err(|error| unusable(format!("is no ELF image that fits: {error}")))?;
         let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
             return Err(unusable("is an ELF image without a PVH entry".into())
@@ -87,7 +90,7 @@ pub(super) fn load(
     let end = end.ok_or_else(|| {
         unusable(format!("needs {room:#x} bytes at {at:#x}, which is more than the guest has"))
     })?;
-    let loaded = BzImage::load(memory, Some(GuestAddress(at)), &mut image, None)
+    let loaded = BzImage::load(&low, Some(loader_memory::GuestAddress(at)), &mut image, None)
         .map_err(|error| unusable(format!("cannot be loaded: {error}")))?;
     let initramfs = Initramfs::load(
         memory,
@@ -103,6 +106,24 @@ pub(super) fn load(
     write(memory, ZERO_PAGE, &zero_page(layout, &header))?;
     write(memory, PAGE_TABLES, &identity_tables())?;
     Ok(Entry::Long(at + ENTRY_64))
+}
+
+/// The memory below the hole once more, for as long as the kernel is loaded: the loader has types of its own (see Cargo.toml).
+fn low_memory(memory: &GuestMemoryMmap<()>) -> Result<loader_memory::GuestMemoryMmap<()>> {
+    let fail = |error: &dyn std::fmt::Display| {
+        Failure::environment(format!("cannot map the guest's memory for the kernel: {error}"))
+    };
+    let region = memory.find_region(GuestAddress(0)).ok_or_else(|| fail(&"there is none"))?;
+    let place = region.file_offset().ok_or_else(|| fail(&"it has no file"))?;
+    let file = place.file().try_clone().map_err(|error| fail(&error))?;
+    let bytes = usize::try_from(region.len()).map_err(|error| fail(&error))?;
+    let file = loader_memory::FileOffset::new(file, place.start());
+    loader_memory::GuestMemoryMmap::from_ranges_with_files([(
+        loader_memory::GuestAddress(0),
+        bytes,
+        Some(file),
+    )])
+    .map_err(|error| fail(&error))
 }
 
 /// Writes what is in the firmware's place.
