@@ -1,19 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! ACPI tables: a hardware-reduced platform, so that the guest looks for no old timers, no keyboard and no clock chip.
 
-use acpi_tables::Aml;
-use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package,
-    ResourceTemplate, ZERO,
+use super::aml::{
+    Table, device, edge_interrupt, eisa, fixed_memory, list, name, number, port, ports, resources,
+    root_pointer, string, window,
 };
-use acpi_tables::rsdp::Rsdp;
-use acpi_tables::sdt::{GenericAddress, Sdt};
-
 use super::layout::{ACPI, ACPI_BYTES, ECAM, IOAPIC, LOCAL_APIC, Layout, MMIO32};
 use super::ports::{COM1, COM1_IRQ, RESET, RESET_VALUE, SLEEP, SLEEP_OFF};
-
-const OEM: [u8; 6] = *b"HMMTB ";
-const OEM_TABLE: [u8; 8] = *b"HMMTBVMM";
 
 // Of the fixed table.
 const FLAG_WBINVD: u32 = 1 << 0;
@@ -26,20 +19,15 @@ const BOOT_NO_CLOCK: u16 = 1 << 5;
 
 /// The tables as they lie in memory from [`ACPI`] on; the first is the root pointer.
 pub(super) fn tables(layout: &Layout, cpus: u32) -> Option<Vec<u8>> {
-    let mut area = Area { bytes: vec![0; Rsdp::len().next_multiple_of(16)] };
-    let dsdt = area.add(dsdt(layout).as_slice());
-    let entries = [
-        area.add(fixed(dsdt).as_slice()),
-        area.add(processors(cpus).as_slice()),
-        area.add(ecam().as_slice()),
-    ];
+    let mut area = Area { bytes: vec![0; root_pointer(0).len().next_multiple_of(16)] };
+    let dsdt = area.add(&dsdt(layout));
+    let entries = [area.add(&fixed(dsdt)), area.add(&processors(cpus)), area.add(&ecam())];
     let mut root = table(*b"XSDT", 1);
     for entry in entries {
-        root.append(entry);
+        root.push(&entry.to_le_bytes());
     }
-    let root = area.add(root.as_slice());
-    let mut pointer = Vec::new();
-    Rsdp::new(OEM, root).to_aml_bytes(&mut pointer);
+    let root = area.add(&root.finish());
+    let pointer = root_pointer(root);
     area.bytes.get_mut(..pointer.len())?.copy_from_slice(&pointer);
     (area.bytes.len() as u64 <= ACPI_BYTES).then_some(area.bytes)
 }
@@ -58,126 +46,97 @@ impl Area {
     }
 }
 
-fn table(signature: [u8; 4], revision: u8) -> Sdt {
-    Sdt::new(signature, 36, revision, OEM, OEM_TABLE, 1)
+fn table(signature: [u8; 4], revision: u8) -> Table {
+    Table::new(signature, 36, revision)
 }
 
-fn fixed(dsdt: u64) -> Sdt {
-    let mut fixed = Sdt::new(*b"FACP", 276, 6, OEM, OEM_TABLE, 1);
+fn fixed(dsdt: u64) -> Vec<u8> {
+    let mut fixed = Table::new(*b"FACP", 276, 6);
     let flags = FLAG_WBINVD
         | FLAG_NO_POWER_BUTTON
         | FLAG_NO_SLEEP_BUTTON
         | FLAG_RESET_REGISTER
         | FLAG_HARDWARE_REDUCED;
-    fixed.write_u16(109, BOOT_NO_VGA | BOOT_NO_CLOCK);
-    fixed.write_u32(112, flags);
-    fixed.write(116, GenericAddress::io_port_address::<u8>(RESET));
-    fixed.write_u8(128, RESET_VALUE);
-    fixed.write_u8(131, 3); // minor version
-    fixed.write_u64(140, dsdt);
-    fixed.write(244, GenericAddress::io_port_address::<u8>(SLEEP));
-    fixed.write(256, GenericAddress::io_port_address::<u8>(SLEEP + 1));
-    fixed.update_checksum();
-    fixed
+    fixed.put(109, &(BOOT_NO_VGA | BOOT_NO_CLOCK).to_le_bytes());
+    fixed.put(112, &flags.to_le_bytes());
+    fixed.put(116, &port(RESET));
+    fixed.put(128, &[RESET_VALUE]);
+    fixed.put(131, &[3]); // minor version
+    fixed.put(140, &dsdt.to_le_bytes());
+    fixed.put(244, &port(SLEEP));
+    fixed.put(256, &port(SLEEP + 1));
+    fixed.finish()
 }
 
-fn processors(cpus: u32) -> Sdt {
+fn processors(cpus: u32) -> Vec<u8> {
     let mut table = table(*b"APIC", 5);
-    table.append_slice(&LOCAL_APIC.to_le_bytes());
-    table.append_slice(&0_u32.to_le_bytes());
+    table.push(&LOCAL_APIC.to_le_bytes());
+    table.push(&0_u32.to_le_bytes());
     for cpu in 0..cpus as u8 {
-        table.append_slice(&[0, 8, cpu, cpu, 1, 0, 0, 0]);
+        table.push(&[0, 8, cpu, cpu, 1, 0, 0, 0]);
     }
-    table.append_slice(&[1, 12, 0, 0]);
-    table.append_slice(&IOAPIC.to_le_bytes());
-    table.append_slice(&0_u32.to_le_bytes());
-    table.update_checksum();
-    table
+    table.push(&[1, 12, 0, 0]);
+    table.push(&IOAPIC.to_le_bytes());
+    table.push(&0_u32.to_le_bytes());
+    table.finish()
 }
 
-fn ecam() -> Sdt {
+fn ecam() -> Vec<u8> {
     let mut table = table(*b"MCFG", 1);
-    table.append_slice(&[0; 8]);
-    table.append_slice(&ECAM.start.to_le_bytes());
+    table.push(&[0; 8]);
+    table.push(&ECAM.start.to_le_bytes());
     // Segment 0, buses 0 to 0.
-    table.append_slice(&[0; 8]);
-    table.update_checksum();
-    table
+    table.push(&[0; 8]);
+    table.finish()
 }
 
-fn dsdt(layout: &Layout) -> Sdt {
-    let mut code = Vec::new();
+fn dsdt(layout: &Layout) -> Vec<u8> {
+    const MEMORY: u8 = 0;
+    const BUSES: u8 = 2;
+    // Flags of memory: not cached, read and written.
+    const WRITABLE: u8 = 1;
+    let zero = number(0);
     // The host bridge. Its BARs need no particular kind of window: all are plain memory to it.
-    let memory: Vec<AddressSpace<u64>> = layout
-        .windows
-        .iter()
-        .filter(|window| **window != MMIO32)
-        .map(|window| {
-            AddressSpace::new_memory(
-                AddressSpaceCacheable::NotCacheable,
-                true,
-                window.start,
-                window.end,
-                None,
-            )
-        })
-        .collect();
-    let low = AddressSpace::new_memory(
-        AddressSpaceCacheable::NotCacheable,
-        true,
-        MMIO32.start as u32,
-        MMIO32.end as u32,
-        None,
-    );
-    let buses = AddressSpace::new_bus_number(0_u16, 0);
-    let ports = IO::new(0xcf8, 0xcf8, 1, 8);
-    let mut resources: Vec<&dyn Aml> = vec![&buses, &ports, &low];
-    resources.extend(memory.iter().map(|window| window as &dyn Aml));
-    let resources = ResourceTemplate::new(resources);
-    let (host, compatible) = (EISAName::new("PNP0A08"), EISAName::new("PNP0A03"));
-    Device::new(
-        "_SB_.PCI0".into(),
-        vec![
-            &Name::new("_HID".into(), &host),
-            &Name::new("_CID".into(), &compatible),
-            &Name::new("_ADR".into(), &ZERO),
-            &Name::new("_SEG".into(), &ZERO),
-            &Name::new("_UID".into(), &ZERO),
-            &Name::new("_BBN".into(), &ZERO),
-            &Name::new("_CRS".into(), &resources),
-        ],
-    )
-    .to_aml_bytes(&mut code);
-    // Memory-mapped configuration space, reserved once more for kernels that do not believe the memory map.
-    let board = EISAName::new("PNP0C02");
-    let reserved = Memory32Fixed::new(true, ECAM.start as u32, ECAM.bytes() as u32);
-    Device::new(
-        "_SB_.MRES".into(),
-        vec![
-            &Name::new("_HID".into(), &board),
-            &Name::new("_UID".into(), &ZERO),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&reserved])),
-        ],
-    )
-    .to_aml_bytes(&mut code);
-    let serial = EISAName::new("PNP0501");
-    let registers = IO::new(COM1, COM1, 0, 8);
-    let interrupt = Interrupt::new(true, true, false, false, COM1_IRQ);
-    Device::new(
-        "_SB_.COM1".into(),
-        vec![
-            &Name::new("_HID".into(), &serial),
-            &Name::new("_UID".into(), &ZERO),
-            &Name::new("_DDN".into(), &"COM1"),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt, &registers])),
-        ],
-    )
-    .to_aml_bytes(&mut code);
-    Name::new("_S5_".into(), &Package::new(vec![&SLEEP_OFF, &ZERO, &ZERO, &ZERO])).to_aml_bytes(&mut code);
+    let mut windows = vec![
+        window(2, BUSES, 0, 0, 0),
+        ports(0xcf8, 1, 8),
+        window(4, MEMORY, WRITABLE, MMIO32.start, MMIO32.end),
+    ];
+    let high = layout.windows.iter().filter(|window| **window != MMIO32);
+    windows.extend(high.map(|place| window(8, MEMORY, WRITABLE, place.start, place.end)));
     let mut table = table(*b"DSDT", 6);
-    table.append_slice(&code);
-    table.update_checksum();
-    table
+    table.push(&device(
+        *b"PCI0",
+        &[
+            name(*b"_HID", &eisa(*b"PNP0A08")),
+            name(*b"_CID", &eisa(*b"PNP0A03")),
+            name(*b"_ADR", &zero),
+            name(*b"_SEG", &zero),
+            name(*b"_UID", &zero),
+            name(*b"_BBN", &zero),
+            name(*b"_CRS", &resources(&windows)),
+        ],
+    ));
+    // Memory-mapped configuration space, reserved once more for kernels that do not believe the memory map.
+    table.push(&device(
+        *b"MRES",
+        &[
+            name(*b"_HID", &eisa(*b"PNP0C02")),
+            name(*b"_UID", &zero),
+            name(*b"_CRS", &resources(&[fixed_memory(ECAM.start as u32, ECAM.bytes() as u32)])),
+        ],
+    ));
+    table.push(&device(
+        *b"COM1",
+        &[
+            name(*b"_HID", &eisa(*b"PNP0501")),
+            name(*b"_UID", &zero),
+            name(*b"_DDN", &string("COM1")),
+            name(*b"_CRS", &resources(&[edge_interrupt(COM1_IRQ), ports(COM1, 0, 8)])),
+        ],
+    ));
+    table.push(&name(*b"_S5_", &list(&[number(SLEEP_OFF.into()), zero.clone(), zero.clone(), zero])));
+    table.finish()
 }
 
 #[cfg(test)]

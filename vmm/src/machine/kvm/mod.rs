@@ -51,6 +51,7 @@
 //! carries no value, and each doorbell of the device has one (the ring's new end). So none is registered.
 
 mod acpi;
+mod aml;
 mod boot;
 mod cpu;
 mod host;
