@@ -269,6 +269,12 @@ impl<'a> Session<'a> {
                 Item::Line(line) => self.events.event(Event::Console { line }),
                 // PID 1 said this before it had the witness, and the console may be slow.
                 Item::Message(Message::Booted { .. }) if self.witnessed => {}
+                Item::Message(message @ Message::ModuleLoaded { .. })
+                    if self.witnessed
+                        && matches!(&message, Message::ModuleLoaded { module } if module == "witness.ko") =>
+                {
+                    self.message(Instant::now(), message);
+                }
                 Item::Message(message) if self.witnessed => {
                     self.garbled(&format!(
                         "it stands on the console, where the agent does not write: {message:?}"
