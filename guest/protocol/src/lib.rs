@@ -66,6 +66,8 @@ pub struct WorkloadInfo {
     pub about: &'static str,
     /// Part of the default suite.
     pub suite: bool,
+    /// Resets the device with contexts on it, on purpose: that their end cannot be judged is no gap in the evidence.
+    pub resets: bool,
 }
 
 /// Every workload; those of the default suite first, in its order.
@@ -74,31 +76,37 @@ pub const WORKLOADS: &[WorkloadInfo] = &[
         name: "access",
         about: "the device reads and writes anonymous, file and shared memory; the CPU checks, both ways",
         suite: true,
+        resets: false,
     },
     WorkloadInfo {
         name: "release",
         about: "a process exits, is killed or execs with live mappings and with engines running",
         suite: true,
+        resets: false,
     },
     WorkloadInfo {
         name: "unregister",
         about: "the file is closed while engines run, from another thread, from a child that inherited it",
         suite: true,
+        resets: false,
     },
     WorkloadInfo {
         name: "invalidate",
         about: "munmap, mremap, mprotect, madvise, fork and COW, hole punch, truncate under running engines; then the hole is touched from the device and must fault",
         suite: true,
+        resets: false,
     },
     WorkloadInfo {
         name: "stress",
         about: "threads of random memory operations against random device work, checked against a model",
         suite: true,
+        resets: false,
     },
     WorkloadInfo {
         name: "removal",
         about: "the device is taken from the driver through sysfs, or reset, while files are open and engines run; not part of the default suite",
         suite: false,
+        resets: true,
     },
 ];
 

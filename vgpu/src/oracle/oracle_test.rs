@@ -161,6 +161,19 @@ fn off() -> E {
 }
 
 #[test]
+fn accesses_through_the_drivers_own_context_are_not_looked_at() {
+    let b = bench();
+    b.bind(ctx(0, 1));
+    assert!(b.oracle.watched.contains(ctx(0, 1)), "for its first leaf");
+    b.oracle.event(E::LeafSet { ctx: ctx(0, 1), va: Some(VA), pte: PTE });
+    assert!(!b.oracle.watched.contains(ctx(0, 1)), "it would cost a lock for each access, for ever");
+    b.bind(ctx(1, 1));
+    b.begin(1);
+    assert!(!b.oracle.watched.contains(ctx(1, 1)));
+    b.clean();
+}
+
+#[test]
 fn a_notifier_left_by_a_driver_that_is_gone_is_a_leak() {
     let left = |removed: bool, gone: bool, missed: u64| {
         let b = bench();

@@ -223,7 +223,7 @@ impl State {
             E::BadHandle { op, handle, issued_before, by, va } => {
                 self.bad_handle(op, handle, issued_before, by, va, found);
             }
-            E::LeafSet { ctx, va: Some(va), pte } => self.leaf_set(ctx, va, pte, found),
+            E::LeafSet { ctx, va: Some(va), pte } => self.leaf_set(ctx, va, pte, watched, found),
             E::FaultRaised { fault, ctx, va, .. } => self.fault_raised(fault, ctx, va),
             E::FaultReplayed { fault, ctx, va } => {
                 if self.answered(fault).is_some_and(|fault| fault.after_release) {
@@ -333,11 +333,13 @@ impl State {
         found.push(Finding { rule, ctx, mm, va, frame: None, summary: text });
     }
 
-    fn leaf_set(&mut self, ctx: Handle, va: u64, entry: u64, found: &mut Vec<Finding>) {
+    fn leaf_set(&mut self, ctx: Handle, va: u64, entry: u64, watched: &Watched, found: &mut Vec<Finding>) {
         if let Some(context) = self.contexts.get_mut(&ctx.0) {
             if entry & pte::VALID != 0 && context.seen == Seen::None {
                 // It maps something while no address space is mirrored: it is the driver's own, for copies or page tables.
                 context.seen = Seen::Many;
+                // That was what it was watched for: its accesses are nobody's business.
+                watched.clear(ctx);
             }
         }
         let Some(context) = self.contexts.get(&ctx.0) else { return };

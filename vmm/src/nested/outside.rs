@@ -28,6 +28,7 @@ use crate::report::results::{Results, SCHEMA_VERSION, Verdict, ViolationRecord};
 use crate::runner::RunConfig;
 use crate::runner::parts::Parts;
 use crate::runner::story::Story;
+use crate::runner::untrusted;
 
 /// The outer kernel's command line. What follows `--` are the arguments of its PID 1.
 const CMDLINE: &str = "console=ttyS0 loglevel=5 printk.time=1 panic=-1 oops=panic unknown_nmi_panic nokaslr mitigations=off no_timer_check \
@@ -382,10 +383,11 @@ impl Following<'_> {
                     self.log = None;
                 }
             }
-            (Frame::Results(theirs), true) => {
+            (Frame::Results(mut theirs), true) => {
                 if let Err(why) = plausible(self.outside.config, &theirs) {
                     return Err(Lost::Outer(format!("its results cannot be this run's: {why}")));
                 }
+                untrusted::tame_results(&mut theirs);
                 self.results = Some(theirs);
             }
             (Frame::Exit(_), true) => return out_of_turn("the end of a machine that it does not carry"),
@@ -398,13 +400,21 @@ impl Following<'_> {
 
     fn event(&mut self, event: InnerEvent) {
         let event = match event {
-            InnerEvent::Note { text } => Event::Note { text },
-            InnerEvent::Console { line } => Event::Console { line },
-            InnerEvent::Guest { message } => {
+            InnerEvent::Note { mut text } => {
+                untrusted::tame_text(&mut text);
+                Event::Note { text }
+            }
+            InnerEvent::Console { mut line } => {
+                untrusted::tame_text(&mut line);
+                Event::Console { line }
+            }
+            InnerEvent::Guest { mut message } => {
+                untrusted::tame(&mut message);
                 self.story.message(&message);
                 Event::Guest { message }
             }
-            InnerEvent::Violation { violation } => {
+            InnerEvent::Violation { mut violation } => {
+                untrusted::tame_violation(&mut violation);
                 if self.violations.len() < MAX_VIOLATIONS {
                     let workload = self.story.workload().map(str::to_owned);
                     let replay = violation.replay.clone().unwrap_or_default();

@@ -14,7 +14,7 @@ pub mod shell;
 pub mod signals;
 pub mod splats;
 pub mod story;
-mod untrusted;
+pub(crate) mod untrusted;
 pub mod verdict;
 pub mod watch;
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use guest_protocol::{Message, Plan};
+use guest_protocol::{Message, Plan, WITNESS_MODULE};
 use vgpu::oracle::{Rule, Violation};
 use vgpu_spec::handle::Handle;
 use vgpu_spec::regs::witness::{REQUEST_ALL_CPUS, REQUEST_BLOCKED_TASKS};
@@ -267,15 +267,7 @@ impl<'a> Session<'a> {
             match item {
                 Item::Line(_) if self.interactive => {}
                 Item::Line(line) => self.events.event(Event::Console { line }),
-                // PID 1 said this before it had the witness, and the console may be slow.
-                Item::Message(Message::Booted { .. }) if self.witnessed => {}
-                Item::Message(message @ Message::ModuleLoaded { .. })
-                    if self.witnessed
-                        && matches!(&message, Message::ModuleLoaded { module } if module == "witness.ko") =>
-                {
-                    self.message(Instant::now(), message);
-                }
-                Item::Message(message) if self.witnessed => {
+                Item::Message(message) if self.witnessed && !before_the_witness(&message) => {
                     self.garbled(&format!(
                         "it stands on the console, where the agent does not write: {message:?}"
                     ));
@@ -460,6 +452,15 @@ impl<'a> Session<'a> {
                 }
             }
         }
+    }
+}
+
+/// What PID 1 says while it has no witness to say it through: on the console, which may be slower than the witness.
+fn before_the_witness(message: &Message) -> bool {
+    match message {
+        Message::Booted { .. } => true,
+        Message::ModuleLoaded { module } => WITNESS_MODULE.rsplit('/').next() == Some(module.as_str()),
+        _ => false,
     }
 }
 

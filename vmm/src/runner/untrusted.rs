@@ -2,6 +2,9 @@
 //! What a guest says, made fit to be shown and stored: it ends up on terminals, in XML and in tables.
 
 use guest_protocol::{Case, Message};
+use vgpu::oracle::Violation;
+
+use crate::report::results::Results;
 
 /// Longest name or sentence kept, in characters.
 const MAX_TEXT: usize = 8192;
@@ -9,7 +12,7 @@ const MAX_TEXT: usize = 8192;
 const MAX_SECONDS: f64 = 1e9;
 
 /// Takes out of a message what could mislead its readers: control characters, endless texts, numbers that are none.
-pub(super) fn tame(message: &mut Message) {
+pub(crate) fn tame(message: &mut Message) {
     match message {
         Message::Booted { kernel: text, .. }
         | Message::ModuleLoaded { module: text }
@@ -36,12 +39,43 @@ pub(super) fn tame(message: &mut Message) {
     }
 }
 
+/// The same for a violation that another testbench, in an outer guest, reports.
+pub(crate) fn tame_violation(violation: &mut Violation) {
+    tame_text(&mut violation.summary);
+    let others = [&mut violation.context_name, &mut violation.replay];
+    others.into_iter().flatten().chain(&mut violation.events).for_each(tame_text);
+}
+
+/// And for its results.
+pub(crate) fn tame_results(results: &mut Results) {
+    for violation in &mut results.violations {
+        tame_text(&mut violation.rule);
+        tame_text(&mut violation.summary);
+        let others = [&mut violation.context_name, &mut violation.workload, &mut violation.replay];
+        others.into_iter().flatten().chain(&mut violation.events).for_each(tame_text);
+    }
+    for workload in &mut results.workloads {
+        tame_text(&mut workload.name);
+        workload.detail.iter_mut().for_each(tame_text);
+        tame_seconds(&mut workload.seconds);
+    }
+    if let Some(error) = &mut results.error {
+        tame_text(&mut error.message);
+        error.remedy.iter_mut().for_each(tame_text);
+    }
+    let lists =
+        [&mut results.reasons, &mut results.boot_complaints, &mut results.notes, &mut results.console_tail];
+    lists.into_iter().flatten().chain(&mut results.machine_version).for_each(tame_text);
+    tame_text(&mut results.kernel);
+}
+
 /// The text without control characters, at most `most` characters of it.
-pub(super) fn printable(text: &str, most: usize) -> String {
+pub(crate) fn printable(text: &str, most: usize) -> String {
     text.chars().take(most).map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
 }
 
-fn tame_text(text: &mut String) {
+/// The same for one text.
+pub(crate) fn tame_text(text: &mut String) {
     if text.len() > MAX_TEXT || text.chars().any(char::is_control) {
         *text = printable(text, MAX_TEXT);
     }
@@ -56,6 +90,26 @@ mod tests {
     use guest_protocol::Outcome;
 
     use super::*;
+
+    #[test]
+    fn results_of_another_testbench_are_tamed_too() {
+        let mut results = crate::report::results::tests::sample();
+        let bad = "\u{1b}[2J".to_owned();
+        results.reasons.push(bad.clone());
+        results.console_tail.push(bad.clone());
+        results.violations[0].events.push(bad.clone());
+        results.violations[0].summary.clone_from(&bad);
+        results.workloads[0].name.clone_from(&bad);
+        results.workloads[0].seconds = f64::MAX;
+        tame_results(&mut results);
+        let text = serde_json::to_string(&results).unwrap();
+        assert!(!text.contains("u001b"), "{text}");
+        assert_eq!(results.workloads[0].seconds, MAX_SECONDS);
+        let mut violation = Violation::new(vgpu::oracle::Rule::ReleaseLate, bad.clone());
+        violation.events.push(bad);
+        tame_violation(&mut violation);
+        assert_eq!((violation.summary.as_str(), violation.events[0].as_str()), (" [2J", " [2J"));
+    }
 
     #[test]
     fn nothing_of_it_can_mislead() {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! From what was seen to a verdict.
 
+use guest_protocol::WORKLOADS;
+
 use crate::report::results::{Counters, Verdict, WorkloadOutcome, WorkloadResult};
 
 /// What was seen of a guest that was started.
@@ -110,8 +112,8 @@ fn witness_doubts(evidence: &Evidence, gone: bool, doubts: &mut Vec<String>) {
             counters.witness_starts
         ));
     }
-    // This workload resets the device itself, with contexts on it, and says what must hold afterwards.
-    let asked = evidence.workloads.iter().any(|workload| workload.name == "removal");
+    let asked =
+        WORKLOADS.iter().any(|known| known.resets && evidence.workloads.iter().any(|w| w.name == known.name));
     if counters.contexts_lost > 0 && !asked {
         doubts.push(format!(
             "the device was reset with {} contexts on it: their end was not judged",

@@ -7,10 +7,10 @@ const STATUS: u16 = 0x06;
 const STATUS_CAPABILITIES: u32 = 1 << 4;
 const CAP_POINTER: u16 = 0x34;
 /// Capabilities that fit into the 192 bytes behind the header: a longer list is a circle.
-const MOST_CAPABILITIES: usize = 48;
-const CAP_MSI: u8 = 0x05;
-const CAP_EXPRESS: u8 = 0x10;
-const CAP_MSIX: u8 = 0x11;
+pub(super) const MOST_CAPABILITIES: usize = 48;
+pub(super) const CAP_MSI: u8 = 0x05;
+pub(super) const CAP_EXPRESS: u8 = 0x10;
+pub(super) const CAP_MSIX: u8 = 0x11;
 
 /// Bytes of an entry of the MSI-X table.
 const ENTRY: usize = 16;

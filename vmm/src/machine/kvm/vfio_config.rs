@@ -8,6 +8,8 @@
 
 use std::collections::BTreeSet;
 
+use super::msi::{CAP_EXPRESS, CAP_MSI, CAP_MSIX, MOST_CAPABILITIES};
+
 /// Bytes whose value can be the guest's own.
 const OWN: usize = 256;
 /// The whole space.
@@ -33,12 +35,8 @@ const CAP_POINTER: usize = 0x34;
 const LINE: usize = 0x3c;
 const PIN: usize = 0x3d;
 const CAPABILITIES: usize = 0x40;
-const MOST_CAPABILITIES: usize = 48;
 
 const CAP_POWER: u8 = 0x01;
-const CAP_MSI: u8 = 0x05;
-const CAP_EXPRESS: u8 = 0x10;
-const CAP_MSIX: u8 = 0x11;
 const CAP_FEATURES: u8 = 0x13;
 
 /// Extended capabilities that are hidden: those of routing (ARI), address translation (ATS, PRI, PASID), virtual functions and
