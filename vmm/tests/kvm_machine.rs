@@ -144,22 +144,31 @@ fn small_guests() {
         assert!(status.contains(what), "{status}");
     }
 
-    // A guest that hangs: its registers are shown, and it can be ended at once. With as many processors as there can be.
+    // A guest that hangs: its registers are shown. With as many processors as there can be.
     for cpus in [1, 8] {
         let (mut machine, console) = start(&[0xeb, 0xfe], cpus);
         assert_eq!(machine.wait(Duration::from_millis(100)), None);
         machine.nmi().unwrap_or_else(|failure| panic!("{failure}"));
-        let begin = Instant::now();
         machine.kill();
-        assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
         let Some(MachineExit::Died { status, stderr_tail }) = machine.wait(Duration::ZERO) else {
             panic!("alive")
         };
-        assert_eq!(status, "killed");
+        // It has no handler for the interrupt, nor for the faults that follow from that, and may be faster than we are.
+        assert!(status == "killed" || status.contains("triple fault"), "{status}");
         assert!(
             stderr_tail.contains("vCPU 0: RIP") && heard(&console).contains("vCPU 0: RIP"),
             "{stderr_tail}"
         );
+    }
+
+    // And it can be ended at once.
+    for cpus in [1, 8] {
+        let (mut machine, _) = start(&[0xeb, 0xfe], cpus);
+        assert_eq!(machine.wait(Duration::from_millis(100)), None);
+        let begin = Instant::now();
+        machine.kill();
+        assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+        assert_eq!(died(machine.wait(Duration::ZERO)), "killed");
     }
 
     // Dropping a machine ends it.
