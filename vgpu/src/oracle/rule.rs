@@ -52,10 +52,30 @@ rules! {
     UnregisterLeak = "unregister/leak";
     /// No stale or made-up handle is used.
     UnknownHandle = "context/unknown-handle";
+    /// When an UNMAP or CLEAR start has returned 0, no valid leaf is left in its range; after a PROTECTION_PAGE one, none that may write.
+    InvalidateStalePte = "invalidate/stale-pte";
+    /// Nor is a TLB entry.
+    InvalidateStaleTlb = "invalidate/stale-tlb";
+    /// Nor is an access in flight.
+    InvalidateInFlight = "invalidate/in-flight";
+    /// From the return of an UNMAP or CLEAR start to its end nothing is mapped in its range.
+    InvalidateReestablished = "invalidate/reestablished";
+    /// Every access goes to the frame that the CPU's page tables hold for its address.
+    MirrorWrongPage = "mirror/wrong-page";
+    /// Every access stays within the rights that the CPU's page tables give.
+    MirrorExcessRights = "mirror/excess-rights";
+    /// What the device wrote is not dropped as clean.
+    MirrorDirtyLost = "mirror/dirty-lost";
+    /// Device atomics on system memory go to device-exclusive entries only, unless the platform declares them coherent.
+    MirrorAtomic = "mirror/atomic";
+    /// Device-private pages are evicted before their owner closes or unloads.
+    DevicePageOutlivesOwner = "memory/device-page-outlives-owner";
     /// Every fault is answered within so many guest heartbeats.
     FaultUnanswered = "fault/unanswered";
     /// A fault of a released address space is cancelled, never served.
     FaultAfterRelease = "fault/after-release";
+    /// An access to a range that the workload declared stable does not fail.
+    FaultSpuriousFatal = "fault/spurious-fatal";
     /// CPU and device read what the workload's model says.
     DataMismatch = "data/mismatch";
     /// No tasks wait for each other for ever.
