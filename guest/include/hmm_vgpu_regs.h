@@ -237,7 +237,7 @@
 #define WITNESS_REC_HELLO 0x1
 /* A tenth of a second of guest time went by for an ordinary thread: arg0 count, arg1 probes missed so far, arg2 tasks in uninterruptible sleep if known. */
 #define WITNESS_REC_HEARTBEAT 0x2
-/* An address space is mirrored for the first time: arg0 1 = list notifier, 2 = interval notifier. */
+/* An address space is mirrored for the first time: arg0 1 = list notifier, 2 = interval notifier, arg1 physical address of its top page table (mm->pgd). */
 #define WITNESS_REC_MM_BEGIN 0x3
 /* __mmu_notifier_release has returned for it. */
 #define WITNESS_REC_MM_RELEASED 0x4

@@ -15,6 +15,7 @@
 #include <linux/errno.h>
 #include <linux/hashtable.h>
 #include <linux/list.h>
+#include <linux/io.h>
 #include <linux/mm.h>
 #include <linux/rcupdate.h>
 #include <linux/sched/signal.h>
@@ -99,7 +100,9 @@ static struct mirrored_mm *begin(const struct mm_struct *mm,
 	entry->mm = mm;
 	entry->id = ++last_id;
 	hash_add(table, &entry->node, (unsigned long)mm);
-	witness_report(WITNESS_REC_MM_BEGIN, entry->id, sort, 0, 0, 0);
+	/* Whoever inserts the notifier holds the mm, and so its tables. */
+	witness_report(WITNESS_REC_MM_BEGIN, entry->id, sort, __pa(mm->pgd),
+		       0, 0);
 	return entry;
 }
 

@@ -36,7 +36,7 @@ crate::constants! {
     HELLO: u32 = 1;
     /// A tenth of a second of guest time went by for an ordinary thread: arg0 count, arg1 probes missed so far, arg2 tasks in uninterruptible sleep if known.
     HEARTBEAT: u32 = 2;
-    /// An address space is mirrored for the first time: arg0 1 = list notifier, 2 = interval notifier.
+    /// An address space is mirrored for the first time: arg0 1 = list notifier, 2 = interval notifier, arg1 physical address of its top page table (mm->pgd).
     MM_BEGIN: u32 = 3;
     /// __mmu_notifier_release has returned for it.
     MM_RELEASED: u32 = 4;
