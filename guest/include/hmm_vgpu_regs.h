@@ -257,6 +257,8 @@
 #define WITNESS_REC_NOTIFIER_REMOVED 0xb
 /* The module is about to be unloaded, and for a second no task has used it; yet it has not been released. */
 #define WITNESS_REC_MM_STRANDED 0xc
+/* How the kernel writes its page tables, once, after HELLO: arg0 bits 0-7 paging levels (4 or 5), 8-15 bits of a frame number in a swap offset, 16-23 bits of a swap type, 24-31 lowest bit of a swap offset, arg1 frame mask of an entry (PTE_PFN_MASK), arg2 and arg3 eight types each, a byte each from the lowest, 0xff = not in this kernel: arg2 migration read, migration read exclusive, migration write, device private read, device private write, device exclusive (newer kernels), device exclusive read, device exclusive write (older ones); arg3 hwpoison, marker, swapin error, first number that is no swap file. */
+#define WITNESS_REC_CPU_FORMAT 0xd
 
 /* Handles: index in bits 0-23, kind in 24-31, generation in 32-63. */
 #define VGPU_HANDLE_INDEX(h) ((u32)((h) & 0xffffff))

@@ -74,6 +74,7 @@ static int witness_start(struct pci_dev *pdev)
 	witness_report(WITNESS_REC_HELLO, 0, WITNESS_VERSION_VALUE,
 		       LINUX_VERSION_CODE, num_online_cpus(),
 		       WITNESS_MECHANISM);
+	format_report();
 	moments_start();
 	ret = heartbeat_start();
 	if (ret)

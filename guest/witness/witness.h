@@ -48,6 +48,9 @@ void moments_start(void);
 void moments_unregister(void);
 u64 moments_missed(void);
 
+/* format.c */
+void format_report(void);
+
 /* heartbeat.c */
 int heartbeat_start(void);
 void heartbeat_stop(void);

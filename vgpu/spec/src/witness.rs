@@ -56,4 +56,68 @@ crate::constants! {
     NOTIFIER_REMOVED: u32 = 11;
     /// The module is about to be unloaded, and for a second no task has used it; yet it has not been released.
     MM_STRANDED: u32 = 12;
+    /// How the kernel writes its page tables, once, after HELLO: arg0 bits 0-7 paging levels (4 or 5), 8-15 bits of a frame number in a swap offset, 16-23 bits of a swap type, 24-31 lowest bit of a swap offset, arg1 frame mask of an entry (PTE_PFN_MASK), arg2 and arg3 eight types each, a byte each from the lowest, 0xff = not in this kernel: arg2 migration read, migration read exclusive, migration write, device private read, device private write, device exclusive (newer kernels), device exclusive read, device exclusive write (older ones); arg3 hwpoison, marker, swapin error, first number that is no swap file.
+    CPU_FORMAT: u32 = 13;
+}
+
+/// How x86-64 writes an entry that is not present and not zero, by `arch/x86/include/asm/pgtable_64.h` of 6.1, 6.12 and 7.3,
+/// which agree; a page-middle entry is written like a last-level one. [`CPU_FORMAT`] gives the numbers.
+///
+/// | bits | |
+/// |---|---|
+/// | 0 | not present |
+/// | 8 | PROT_NONE: set, it is no swap entry but a mapping without any right, see below |
+/// | 1, 2, 3 | soft dirty, userfaultfd write-protect, anonymous page exclusive: not part of the offset |
+/// | 9-58 | the offset, *inverted* |
+/// | 59-63 | the type |
+///
+/// So `type = entry >> 59` and `offset = !entry << 5 >> 14`. In migration, device-private, device-exclusive and hwpoison
+/// entries the low "frame number" bits of the offset are the page's frame number; what lies above them (young and dirty
+/// of a migration entry) is to be masked out. A device-private frame number is of a page in no memory: of a range the
+/// driver has taken with `memremap_pages`. An exclusive one is of the system page that stays where it was. A type below "first
+/// number that is no swap file" is a swap slot.
+///
+/// Not present and bit 8 set, on a page-middle entry also with bit 7: the page is mapped, with no right for anybody
+/// (PROT_NONE, NUMA hinting), and the bits of the frame mask are inverted (`arch/x86/include/asm/pgtable-invert.h`), as they are
+/// for every entry that is not present and not zero.
+pub mod swap_entry {
+    /// Type of an entry, given how many bits a type has.
+    #[must_use]
+    pub const fn kind(entry: u64, type_bits: u32) -> u64 {
+        if type_bits == 0 || type_bits > 63 { 0 } else { entry >> (64 - type_bits) }
+    }
+
+    /// Offset of an entry, given how many bits a type has and where the offset begins.
+    #[must_use]
+    pub const fn offset(entry: u64, type_bits: u32, first_bit: u32) -> u64 {
+        match (!entry).checked_shl(type_bits) {
+            Some(high) => match high.checked_shr(type_bits.saturating_add(first_bit)) {
+                Some(offset) => offset,
+                None => 0,
+            },
+            None => 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::swap_entry::{kind, offset};
+
+    #[test]
+    fn swap_entries_are_read_back() {
+        // As the kernel's __swp_entry() writes them.
+        let write = |kind: u64, offset: u64| !offset << 14 >> 5 | kind << 59;
+        for (type_, off) in [(0, 0), (31, 0), (0, (1 << 50) - 1), (27, 0x3_ffff_ffff), (31, 0x1234_5678_9abc)]
+        {
+            let entry = write(type_, off);
+            assert_eq!((kind(entry, 5), offset(entry, 5, 9)), (type_, off));
+            assert_eq!(entry & 0x1ff, 0, "flags are apart");
+            assert_eq!(offset(entry | 0xe, 5, 9), off);
+        }
+        // What a guest may report.
+        for bits in [0, 63, 64, 255, u32::MAX] {
+            let _ = (kind(u64::MAX, bits), offset(u64::MAX, bits, bits));
+        }
+    }
 }

@@ -186,7 +186,8 @@ impl Oracle {
             }
             witness::MM_STRANDED => self.left(|state, found| state.stranded(record.mm, found)),
             witness::BYE => self.left(|state, found| state.bye(arg, found)),
-            witness::MESSAGE => {}
+            // CPU_FORMAT is for the walk of the CPU's tables.
+            witness::MESSAGE | witness::CPU_FORMAT => {}
             _ => self.state.lock().bad_records += 1,
         }
     }

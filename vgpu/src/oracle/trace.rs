@@ -220,6 +220,7 @@ fn witness(out: &mut String, record: &witness::Record) -> std::fmt::Result {
         witness::NOTIFIER_ADDED => write!(out, "address space {mm} gets a {} notifier", kind(arg)),
         witness::NOTIFIER_REMOVED => write!(out, "address space {mm} loses a {} notifier", kind(arg)),
         witness::BYE => write!(out, "unloaded"),
+        witness::CPU_FORMAT => write!(out, "{} levels of page tables", arg & 0xff),
         other => write!(out, "record {other}"),
     }?;
     write!(out, " (task {}/{}, cpu {})", record.tgid, record.pid, record.cpu)
