@@ -3,12 +3,13 @@
 #![allow(unsafe_code)] // fork and exit have no safe form
 
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, wait, waitid, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, pipe2};
@@ -75,6 +76,8 @@ impl Parent {
 #[derive(Debug)]
 pub(crate) struct Child {
     pid: Pid,
+    /// Readable when it has ended.
+    end: OwnedFd,
     pipe: std::fs::File,
     heard: Vec<u8>,
     ended: Option<Ended>,
@@ -92,7 +95,9 @@ impl Child {
         match unsafe { fork() }.doing("fork")? {
             ForkResult::Parent { child } => {
                 drop(write);
-                Ok(Self { pid: child, pipe: read.into(), heard: Vec::new(), ended: None })
+                // Not reaped yet, so the number is still its own.
+                let end = pidfd(child).doing("pidfd_open")?;
+                Ok(Self { pid: child, end, pipe: read.into(), heard: Vec::new(), ended: None })
             }
             ForkResult::Child => {
                 drop(read);
@@ -130,7 +135,6 @@ impl Child {
     /// Waits until the child says that it is ready; its number.
     pub(crate) fn wait_ready(&mut self) -> Checked<u64> {
         let until = Instant::now() + BOUND;
-        let mut pause = Pause::default();
         loop {
             let gone = self.poll_end()?;
             match self.next_word() {
@@ -144,14 +148,13 @@ impl Child {
             if Instant::now() > until {
                 return Err(Failure::Wrong(format!("the child was not ready after {BOUND:?}")));
             }
-            pause.take();
+            wait_readable(&[self.end.as_fd(), self.pipe.as_fd()], until)?;
         }
     }
 
     /// Waits for its end.
     pub(crate) fn wait(&mut self) -> Checked<Ended> {
         let until = Instant::now() + BOUND;
-        let mut pause = Pause::default();
         loop {
             if let Some(ended) = self.poll_end()? {
                 return Ok(ended);
@@ -159,7 +162,8 @@ impl Child {
             if Instant::now() > until {
                 return Err(Failure::Wrong(format!("process {} did not end within {BOUND:?}", self.pid)));
             }
-            pause.take();
+            // Not the pipe: it is at its end for good once nobody holds the other side, and would not let us sleep.
+            wait_readable(&[self.end.as_fd()], until)?;
         }
     }
 
@@ -254,18 +258,30 @@ impl Drop for Child {
     }
 }
 
+/// A descriptor of a process that is readable when the process has ended.
+fn pidfd(pid: Pid) -> Result<OwnedFd, Errno> {
+    // SAFETY: a system call with plain numbers; what it returns is a new descriptor or an error.
+    let fd = Errno::result(unsafe { nix::libc::syscall(nix::libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
+    // SAFETY: a descriptor that was made just now, and is nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Sleeps until one of the descriptors is readable or the time is up: without waking in between, since under emulation a
+/// process that looks again and again costs those it waits for.
+fn wait_readable(fds: &[BorrowedFd<'_>], until: Instant) -> Checked {
+    let mut fds: Vec<_> = fds.iter().map(|&fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+    let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+    match poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(errno) => Err(errno).doing("poll"),
+    }
+}
+
 /// Takes a killed process's memory away before it has ended, as the OOM killer's reaper does: with invalidations that must
 /// not sleep, and while its threads and its device still run.
-pub(crate) fn reap_memory(pid: Pid) -> Result<(), Errno> {
-    use std::os::fd::{FromRawFd, OwnedFd};
-    // SAFETY: a system call with plain numbers; what it returns is a new descriptor or an error.
-    let pidfd = Errno::result(unsafe { nix::libc::syscall(nix::libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
-    // SAFETY: a descriptor that was made just now, and is nobody else's.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd as i32) };
-    // SAFETY: as above; it changes no memory of this process.
-    let reaped = unsafe {
-        nix::libc::syscall(nix::libc::SYS_process_mrelease, std::os::fd::AsRawFd::as_raw_fd(&pidfd), 0)
-    };
+pub(crate) fn reap_memory(child: &Child) -> Result<(), Errno> {
+    // SAFETY: a system call with plain numbers; it changes no memory of this process.
+    let reaped = unsafe { nix::libc::syscall(nix::libc::SYS_process_mrelease, child.end.as_raw_fd(), 0) };
     Errno::result(reaped).map(drop)
 }
 
@@ -287,6 +303,10 @@ pub(crate) fn undisturbed<T>(body: impl FnOnce() -> T) -> Checked<T> {
 pub(crate) fn wait_adopted(pid: Pid) -> Checked {
     let until = Instant::now() + BOUND;
     let mut pause = Pause::default();
+    // It may be gone and reaped already, if it was left to PID 1; then the wait below says so.
+    if let Ok(end) = pidfd(pid) {
+        wait_readable(&[end.as_fd()], until)?;
+    }
     while Instant::now() < until {
         match waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
             Ok(WaitStatus::Exited(_, 0)) => return Ok(()),

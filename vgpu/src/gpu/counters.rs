@@ -28,6 +28,8 @@ pub struct GpuCounters {
     pub bytes_moved: u64,
     /// Jobs completed, whatever their status.
     pub jobs: u64,
+    /// Of these, begun and cut off: their queue or context was taken away while they ran or waited for a fault.
+    pub jobs_cut_off: u64,
     /// Commands taken from the ring.
     pub commands: u64,
     /// Register accesses refused.
@@ -57,6 +59,7 @@ pub(crate) struct DeviceCounters {
     pub(crate) faults: AtomicU64,
     pub(crate) contexts: AtomicU64,
     pub(crate) jobs: AtomicU64,
+    pub(crate) jobs_cut_off: AtomicU64,
     pub(crate) commands: AtomicU64,
     pub(crate) bad_accesses: AtomicU64,
     pub(crate) bad_handles: AtomicU64,

@@ -317,6 +317,7 @@ impl Device {
             fault_overflows: self.faults.overflows(),
             contexts: of(&self.counters.contexts),
             jobs: of(&self.counters.jobs),
+            jobs_cut_off: of(&self.counters.jobs_cut_off),
             commands: of(&self.counters.commands),
             bad_accesses: of(&self.counters.bad_accesses),
             bad_handles: of(&self.counters.bad_handles),

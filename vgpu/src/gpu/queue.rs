@@ -227,6 +227,7 @@ impl Device {
         let killed = End { status: JOB_KILLED, result: 0, address: 0 };
         let mut interrupt = false;
         if let Some(work) = run.work.take() {
+            count(&self.counters.jobs_cut_off, 1);
             interrupt |= self.complete(run, work.job.fence, work.job.flags, killed);
         }
         // The ring's size bounds this.

@@ -174,6 +174,9 @@ pub struct Counters {
     /// Times that the fault buffer was full.
     #[serde(default)]
     pub fault_overflows: u64,
+    /// Jobs that were under way when their queue or context was taken away: the races that workloads are for.
+    #[serde(default)]
+    pub jobs_cut_off: u64,
     /// Contexts bound.
     pub contexts: u64,
     /// Address spaces that had a context.

@@ -92,6 +92,7 @@ impl Device {
             invalidations: gpu.invalidations,
             faults: gpu.faults,
             fault_overflows: gpu.fault_overflows,
+            jobs_cut_off: gpu.jobs_cut_off,
             contexts: gpu.contexts,
             address_spaces: oracle.address_spaces,
             releases: oracle.releases,

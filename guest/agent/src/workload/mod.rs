@@ -4,6 +4,10 @@
 //! A workload runs in a process of its own, so that a crash is its failure and not the end of the machine. It does rounds: so
 //! many for the default suite, or as many as the plan says, or until the time is up. A round is the same sequence of cases
 //! each time, with a seed of its own derived from the workload's.
+//!
+//! Most of a case's time goes by in waiting, for the device or for another process. So a workload whose cases do not get into
+//! each other's way does its rounds in several lanes, processes that run side by side. That is also what a device with many
+//! users sees: one address space ends while another faults.
 
 mod access;
 mod bench;
@@ -21,16 +25,20 @@ use std::time::{Duration, Instant};
 
 use guest_protocol::{Case, Extent, Message, Outcome, WorkloadPlan};
 
-use crate::board::Board;
+use crate::board::{Board, LANES};
+use crate::boot::cpus;
 use crate::device::Device;
-use crate::outcome::{Checked, Failure};
+use crate::outcome::{Checked, Doing, Failure};
+use crate::process::Child;
 use crate::report::Sink;
 use crate::rng::Rng;
 
 /// Failed cases after which a workload gives up: each may have waited for its bound.
 const PATIENCE: u64 = 20;
-/// How often progress is told at the most.
+/// How often progress is told at the most, by each lane.
 const PROGRESS: Duration = Duration::from_secs(2);
+/// The most lanes: each may have a dozen contexts at a time, and the device has 64.
+const MOST_LANES: usize = 4;
 
 /// What a workload runs on.
 pub(crate) struct Ground<'a> {
@@ -52,21 +60,27 @@ struct Workload {
     name: &'static str,
     /// Rounds in the default suite.
     rounds: u64,
+    /// Rounds may run side by side.
+    lanes: bool,
     round: fn(&mut Round<'_, '_>),
 }
 
 const ALL: &[Workload] = &[
-    Workload { name: "access", rounds: access::ROUNDS, round: access::round },
-    Workload { name: "release", rounds: release::ROUNDS, round: release::round },
-    Workload { name: "unregister", rounds: unregister::ROUNDS, round: unregister::round },
-    Workload { name: "invalidate", rounds: invalidate::ROUNDS, round: invalidate::round },
-    Workload { name: "stress", rounds: stress::ROUNDS, round: stress::round },
-    Workload { name: "removal", rounds: removal::ROUNDS, round: removal::round },
+    Workload { name: "access", rounds: access::ROUNDS, lanes: true, round: access::round },
+    Workload { name: "release", rounds: release::ROUNDS, lanes: true, round: release::round },
+    Workload { name: "unregister", rounds: unregister::ROUNDS, lanes: true, round: unregister::round },
+    Workload { name: "invalidate", rounds: invalidate::ROUNDS, lanes: true, round: invalidate::round },
+    Workload { name: "stress", rounds: stress::ROUNDS, lanes: false, round: stress::round },
+    Workload { name: "removal", rounds: removal::ROUNDS, lanes: false, round: removal::round },
 ];
 
 /// What a plan may also name, though it is no part of any suite.
-const HIDDEN: &[Workload] =
-    &[Workload { name: guest_protocol::BENCH_WORKLOAD, rounds: bench::ROUNDS, round: bench::round }];
+const HIDDEN: &[Workload] = &[Workload {
+    name: guest_protocol::BENCH_WORKLOAD,
+    rounds: bench::ROUNDS,
+    lanes: false,
+    round: bench::round,
+}];
 
 /// One round of a workload.
 pub(crate) struct Round<'r, 'a> {
@@ -141,24 +155,87 @@ pub(crate) fn run(plan: &WorkloadPlan, ground: &Ground<'_>) -> bool {
         Extent::Iterations(count) => (Some(count), None),
         Extent::Milliseconds(time) => (None, Some(Instant::now() + Duration::from_millis(time))),
     };
-    let mut told = Instant::now();
-    let mut done = 0;
-    loop {
-        let more = match (rounds, until) {
-            (Some(rounds), _) => done < rounds,
-            // At least one round, however short the time.
-            (None, Some(until)) => done == 0 || Instant::now() < until,
-            (None, None) => false,
-        };
-        if !more || ground.board.failed() >= PATIENCE {
-            return true;
+    let course = Course { workload, seed: plan.seed, rounds, until, lanes: lanes(workload, rounds) };
+    if course.lanes == 1 {
+        course.run(0, ground);
+    } else {
+        course.run_lanes(ground);
+    }
+    true
+}
+
+/// How many lanes a workload has with so many rounds, or with time for any number.
+fn lanes(workload: &Workload, rounds: Option<u64>) -> usize {
+    if !workload.lanes {
+        return 1;
+    }
+    let most = (cpus() as usize).clamp(1, MOST_LANES.min(LANES));
+    rounds.map_or(most, |rounds| most.min(rounds.max(1) as usize))
+}
+
+/// A workload's way through its rounds.
+struct Course<'w> {
+    workload: &'w Workload,
+    seed: u64,
+    rounds: Option<u64>,
+    until: Option<Instant>,
+    lanes: usize,
+}
+
+impl Course<'_> {
+    /// Runs every lane in a process of its own.
+    fn run_lanes(&self, ground: &Ground<'_>) {
+        let began = Instant::now();
+        let boards: Vec<_> = (0..self.lanes).map(|lane| ground.board.lane(lane)).collect();
+        let children: Vec<_> = boards
+            .iter()
+            .enumerate()
+            .map(|(lane, board)| {
+                Child::spawn(|_| {
+                    // Orphans of the cases come to their lane, which waits for them.
+                    nix::sys::prctl::set_child_subreaper(true).doing("prctl")?;
+                    self.run(lane, &Ground { board, ..*ground });
+                    Ok(())
+                })
+            })
+            .collect();
+        for (child, board) in children.into_iter().zip(&boards) {
+            let ended = child.and_then(|mut child| {
+                let ended = child.wait_long()?;
+                child.judge(ended)
+            });
+            if let Err(failure) = ended {
+                let name = board.running().unwrap_or_else(|| "process".to_owned());
+                let ground = Ground { board, ..*ground };
+                let mut round =
+                    Round { ground: &ground, workload: self.workload.name, seed: self.seed, iteration: 0 };
+                round.report(&name, began.elapsed(), Err(failure.at("the workload's process died")));
+            }
         }
-        (workload.round)(&mut Round { ground, workload: workload.name, seed: plan.seed, iteration: done });
-        done += 1;
-        if told.elapsed() >= PROGRESS {
-            told = Instant::now();
-            let workload = workload.name.to_owned();
-            ground.sink.send(&Message::Progress { workload, done, total: rounds });
+    }
+
+    /// Does the rounds of one lane.
+    fn run(&self, lane: usize, ground: &Ground<'_>) {
+        let mut told = Instant::now();
+        let mut iteration = lane as u64;
+        loop {
+            let more = match (self.rounds, self.until) {
+                (Some(rounds), _) => iteration < rounds,
+                // At least one round, however short the time.
+                (None, Some(until)) => iteration == lane as u64 || Instant::now() < until,
+                (None, None) => false,
+            };
+            if !more || ground.board.failed() >= PATIENCE {
+                return;
+            }
+            let name = self.workload.name;
+            (self.workload.round)(&mut Round { ground, workload: name, seed: self.seed, iteration });
+            iteration += self.lanes as u64;
+            let done = ground.board.end_round();
+            if told.elapsed() >= PROGRESS {
+                told = Instant::now();
+                ground.sink.send(&Message::Progress { workload: name.to_owned(), done, total: self.rounds });
+            }
         }
     }
 }

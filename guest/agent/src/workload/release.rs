@@ -32,6 +32,8 @@ const MANY: usize = 12;
 pub(super) const LONG: u64 = 1 << 16;
 /// Accesses of a job that somebody waits for while something happens to it.
 pub(super) const MEDIUM: u64 = 1 << 15;
+/// Microseconds within which engines take up what they are given.
+const BEGUN: u64 = 1000;
 /// Words that the device reads through each context, four to a page, to prove that it mirrors the process.
 const READS: u64 = 1024;
 
@@ -71,6 +73,8 @@ impl Occupied {
             context.submit(Job::random_write(start, WINDOW, LONG, rng.next(), rng.next()))?;
             context.submit(Job::random_read(start, WINDOW, LONG, rng.next()).queue(1))?;
         }
+        // What comes next is to meet them at work: on a busy host it would often be over before they have begun.
+        std::thread::sleep(Duration::from_micros(rng.below(BEGUN)));
         Ok(())
     }
 
@@ -222,7 +226,7 @@ fn reaped_here(device: &dyn Device, rng: &mut Rng) -> Checked {
             forever()
         })?;
         child.wait_ready()?;
-        let result = undisturbed(|| child.signal(Signal::SIGKILL).map(|()| reap_memory(child.pid())))??;
+        let result = undisturbed(|| child.signal(Signal::SIGKILL).map(|()| reap_memory(&child)))??;
         match result {
             // EAGAIN: the driver was busy and said so, as it may.
             Ok(()) | Err(Errno::EAGAIN) => caught += 1,
@@ -258,7 +262,7 @@ impl Narrow {
             std::fs::write(&path, text).map_err(|error| skip(&path.display().to_string(), &error))
         };
         write(root.join("cgroup.subtree_control"), "+memory")?;
-        let group = Self(root.join("narrow"));
+        let group = Self(root.join(format!("narrow-{}", std::process::id())));
         std::fs::create_dir_all(&group.0).map_err(|error| skip("cgroup", &error))?;
         write(group.0.join("memory.max"), &bytes.to_string())?;
         Ok(group)

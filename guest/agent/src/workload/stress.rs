@@ -8,6 +8,7 @@
 
 mod slot;
 
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -58,14 +59,18 @@ fn run(
     rng: &dyn Fn(&str) -> Rng,
 ) -> Results {
     let left = AtomicUsize::new(workers);
+    // Nobody makes a hole before every thread has started: a thread brings mappings of its own (a stack for signals), and the
+    // kernel would put them into another's hole.
+    let started = Barrier::new(workers);
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..workers)
             .map(|index| {
                 let name = format!("slot-{index}");
                 let mut slot = Slot::new(map, context, index, rng(&name));
-                let left = &left;
+                let (left, started) = (&left, &started);
                 let thread = scope.spawn(move || {
                     let _gone = Leaving(left);
+                    started.wait();
                     slot.work(STEPS)
                 });
                 (name, thread)
