@@ -6,6 +6,7 @@
 //! verdict ([`oracle`]).
 #![deny(unsafe_code)]
 
+pub mod cpu;
 pub mod function;
 pub mod gpu;
 pub mod memory;
