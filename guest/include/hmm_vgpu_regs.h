@@ -259,6 +259,36 @@
 #define WITNESS_REC_MM_STRANDED 0xc
 /* How the kernel writes its page tables, once, after HELLO: arg0 bits 0-7 paging levels (4 or 5), 8-15 bits of a frame number in a swap offset, 16-23 bits of a swap type, 24-31 lowest bit of a swap offset, arg1 frame mask of an entry (PTE_PFN_MASK), arg2 and arg3 eight types each, a byte each from the lowest, 0xff = not in this kernel: arg2 migration read, migration read exclusive, migration write, device private read, device private write, device exclusive (newer kernels), device exclusive read, device exclusive write (older ones); arg3 hwpoison, marker, swapin error, first number that is no swap file. */
 #define WITNESS_REC_CPU_FORMAT 0xd
+/* The start of an invalidation has returned 0 for an address space that a context mirrors: arg0 first address, arg1 last address, arg2 event | flags | slot << 32 (both in the next section), arg3 its number, never reused. */
+#define WITNESS_REC_RANGE_START 0x14
+/* The end of an invalidation has been entered, of event PROTECTION_VMA only: arguments as in RANGE_START. */
+#define WITNESS_REC_RANGE_END 0x15
+/* Where it stands whether an invalidation has come to its end: arg0 bus address of an array of u64, arg1 how many. An invalidation's slot holds its number until its end is entered. */
+#define WITNESS_REC_RANGE_SLOTS 0x16
+
+/* Invalidations in witness records */
+/* Event: addresses are unmapped. The numbers are the kernel's enum mmu_notifier_event. */
+#define WITNESS_RANGE_UNMAP 0x0
+/* Event: pages are replaced. */
+#define WITNESS_RANGE_CLEAR 0x1
+/* Event: rights of a mapping change. */
+#define WITNESS_RANGE_PROTECTION_VMA 0x2
+/* Event: pages are write-protected. */
+#define WITNESS_RANGE_PROTECTION_PAGE 0x3
+/* Event: soft-dirty bits are cleared. */
+#define WITNESS_RANGE_SOFT_DIRTY 0x4
+/* Event: the address space goes. */
+#define WITNESS_RANGE_RELEASE 0x5
+/* Event: a driver migrates pages. */
+#define WITNESS_RANGE_MIGRATE 0x6
+/* Event: a driver takes pages for its device's atomics. */
+#define WITNESS_RANGE_EXCLUSIVE 0x7
+/* Event: an event that this interface has no number for; taken for CLEAR. */
+#define WITNESS_RANGE_OTHER 0xff
+/* Flag: callbacks could sleep. */
+#define WITNESS_RANGE_BLOCKABLE 0x100
+/* Flag: the caller named an owner. */
+#define WITNESS_RANGE_OWNED 0x200
 
 /* Handles: index in bits 0-23, kind in 24-31, generation in 32-63. */
 #define VGPU_HANDLE_INDEX(h) ((u32)((h) & 0xffffff))

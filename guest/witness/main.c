@@ -66,15 +66,19 @@ static int witness_start(struct pci_dev *pdev)
 	ret = mm_table_open();
 	if (ret)
 		goto close;
-	ret = moments_register();
+	ret = ranges_open(pdev);
 	if (ret)
 		goto free;
+	ret = moments_register();
+	if (ret)
+		goto ranges;
 
 	/* From here on the host hears of it: what fails says BYE. */
 	witness_report(WITNESS_REC_HELLO, 0, WITNESS_VERSION_VALUE,
 		       LINUX_VERSION_CODE, num_online_cpus(),
 		       WITNESS_MECHANISM);
 	format_report();
+	ranges_tell();
 	moments_start();
 	ret = heartbeat_start();
 	if (ret)
@@ -90,6 +94,8 @@ stop:
 bye:
 	moments_unregister();
 	witness_report(WITNESS_REC_BYE, 0, moments_missed(), 0, 0, 0);
+ranges:
+	ranges_close(pdev);
 free:
 	mm_table_close();
 close:
@@ -112,6 +118,7 @@ static void witness_unbind(struct pci_dev *pdev)
 	mm_table_report_stranded();
 	moments_unregister();
 	witness_report(WITNESS_REC_BYE, 0, moments_missed(), 0, 0, 0);
+	ranges_close(pdev);
 	mm_table_close();
 	witness_channel_close(pdev);
 	device_disable(pdev);

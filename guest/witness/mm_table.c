@@ -46,6 +46,7 @@ enum mm_state {
  * @mm: its address
  * @id: its id
  * @state: how far its end has come
+ * @judged: a context is known to mirror it, so that the host can judge
  * @present: by sort, how many notifiers have been added and not removed
  * @leaving: by sort, how many removals have begun and are not over
  */
@@ -54,6 +55,7 @@ struct mirrored_mm {
 	const struct mm_struct *mm;
 	u64 id;
 	enum mm_state state;
+	bool judged;
 	u32 present[WITNESS_NOTIFIERS];
 	u32 leaving[WITNESS_NOTIFIERS];
 };
@@ -336,10 +338,36 @@ int mm_table_associate(const struct mm_struct *mm, u64 ctx)
 
 	raw_spin_lock_irqsave(&table_lock, flags);
 	entry = find(mm);
-	if (entry)
+	if (entry) {
+		entry->judged = true;
 		witness_report(WITNESS_REC_ASSOCIATE, entry->id, ctx, 0, 0, 0);
+	}
 	raw_spin_unlock_irqrestore(&table_lock, flags);
 	return entry ? 0 : -ESRCH;
+}
+
+/**
+ * mm_table_judged - is there anything to judge in an invalidation?
+ * @mm: of this mm
+ *
+ * Each report costs the guest as much as a register access. So only mms are
+ * reported of which the host knows a context that mirrors them, and only until
+ * their release, which is judged as a whole.
+ *
+ * Return: its id, or 0.
+ */
+u64 mm_table_judged(const struct mm_struct *mm)
+{
+	struct mirrored_mm *entry;
+	unsigned long flags;
+	u64 id = 0;
+
+	raw_spin_lock_irqsave(&table_lock, flags);
+	entry = find(mm);
+	if (entry && entry->judged && entry->state == MM_LIVE)
+		id = entry->id;
+	raw_spin_unlock_irqrestore(&table_lock, flags);
+	return id;
 }
 
 static bool has_task(const struct mm_struct *mm)

@@ -116,27 +116,50 @@ static void release_exit(struct witness_call *call, unsigned long result)
 }
 
 /*
- * Of all invalidations only one is of interest: exit_mmap() unmaps 0 to
- * ULONG_MAX at once, so in 6.1, 6.12 and 7.3, and nothing else does. (The OOM
- * reaper, which can come after release too, goes VMA by VMA.)
+ * exit_mmap() unmaps 0 to ULONG_MAX at once, so in 6.1, 6.12 and 7.3, and nothing
+ * else does. (The OOM reaper, which can come after release too, goes VMA by VMA.)
  */
+static bool exit_unmaps(const struct mmu_notifier_range *range)
+{
+	return range->event == MMU_NOTIFY_UNMAP && !range->start &&
+	       range->end == ULONG_MAX;
+}
+
 static bool start_entry(struct witness_call *call, unsigned long arg,
 			unsigned long unused)
 {
 	const struct mmu_notifier_range *range =
 		(const struct mmu_notifier_range *)arg;
 
-	if (range->event != MMU_NOTIFY_UNMAP || range->start ||
-	    range->end != ULONG_MAX || !READ_ONCE(started))
+	if (!READ_ONCE(started))
 		return false;
 	call->mm = range->mm;
-	return mm_table_awaits_unmap(call->mm);
+	if (exit_unmaps(range)) {
+		call->range = NULL;
+		return mm_table_awaits_unmap(call->mm);
+	}
+	call->range = range;
+	call->id = mm_table_judged(call->mm);
+	return call->id;
 }
 
 static void start_exit(struct witness_call *call, unsigned long result)
 {
-	if (!(int)result)
+	/* Refused: what could not be done without sleeping is not done at all. */
+	if ((int)result)
+		return;
+	if (call->range)
+		range_started(call->id, call->range);
+	else
 		mm_table_unmapped(call->mm);
+}
+
+static bool end_entry(struct witness_call *call, unsigned long arg,
+		      unsigned long unused)
+{
+	if (READ_ONCE(started))
+		range_ended((const struct mmu_notifier_range *)arg);
+	return false;
 }
 
 static bool destroy_entry(struct witness_call *call, unsigned long mm,
@@ -147,7 +170,7 @@ static bool destroy_entry(struct witness_call *call, unsigned long mm,
 	return false;
 }
 
-static void destroy_exit(struct witness_call *call, unsigned long result)
+static void no_exit(struct witness_call *call, unsigned long result)
 {
 }
 
@@ -161,7 +184,8 @@ static struct witness_probe probes[] = {
 	{ "mmu_notifier_free_rcu", free_entry, unregister_exit },
 	{ "__mmu_notifier_release", release_entry, release_exit },
 	{ "__mmu_notifier_invalidate_range_start", start_entry, start_exit },
-	{ "__mmu_notifier_subscriptions_destroy", destroy_entry, destroy_exit },
+	{ "__mmu_notifier_invalidate_range_end", end_entry, no_exit },
+	{ "__mmu_notifier_subscriptions_destroy", destroy_entry, no_exit },
 };
 
 /**
@@ -211,7 +235,7 @@ void moments_unregister(void)
  */
 u64 moments_missed(void)
 {
-	u64 missed = missed_before + mm_table_missed();
+	u64 missed = missed_before + mm_table_missed() + ranges_missed();
 	unsigned int i;
 
 	for (i = 0; i < ARRAY_SIZE(probes); i++)

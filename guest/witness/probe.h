@@ -8,16 +8,19 @@
 #include "compat.h"
 
 struct mm_struct;
+struct mmu_notifier_range;
 
 /**
  * struct witness_call - what a probe remembers from a call's entry to its exit
  * @mm: the address space; a key only, since it can be gone at the exit
  * @id: its id, where the probe's entry has looked it up
+ * @range: an invalidation's range, which its caller keeps until its end
  * @empty: it had no mapping, where the probe's entry has looked
  */
 struct witness_call {
 	const struct mm_struct *mm;
 	u64 id;
+	const struct mmu_notifier_range *range;
 	bool empty;
 };
 

@@ -6,6 +6,7 @@
 #include <linux/types.h>
 
 struct mm_struct;
+struct mmu_notifier_range;
 struct pci_dev;
 
 /**
@@ -40,7 +41,16 @@ void mm_table_unmapped(const struct mm_struct *mm);
 void mm_table_end(const struct mm_struct *mm);
 int mm_table_associate(const struct mm_struct *mm, u64 ctx);
 void mm_table_report_stranded(void);
+u64 mm_table_judged(const struct mm_struct *mm);
 u64 mm_table_missed(void);
+
+/* ranges.c: invalidations under way. */
+int ranges_open(struct pci_dev *pdev);
+void ranges_close(struct pci_dev *pdev);
+void ranges_tell(void);
+void range_started(u64 id, const struct mmu_notifier_range *range);
+void range_ended(const struct mmu_notifier_range *range);
+u64 ranges_missed(void);
 
 /* moments.c: the probes that feed the table. */
 int moments_register(void);

@@ -4,7 +4,7 @@
 use core::fmt::Write as _;
 
 use crate::regs::{Access, Register, gpu, witness};
-use crate::{command, fault, job, pte, witness as records};
+use crate::{command, fault, job, pte, range, witness as records};
 
 /// The whole page.
 #[must_use]
@@ -20,6 +20,7 @@ pub fn registers_md() -> String {
         ("Page-table entries", pte::CONSTANTS),
         ("Fault entries", fault::CONSTANTS),
         ("Witness records", records::CONSTANTS),
+        ("Invalidations in witness records", range::CONSTANTS),
     ] {
         let _ = write!(out, "\n## {title}\n\n| name | value | meaning |\n|---|---|---|\n");
         for (name, value, doc) in list {

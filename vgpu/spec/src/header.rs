@@ -4,7 +4,7 @@
 use core::fmt::Write as _;
 
 use crate::regs::{Register, gpu, witness};
-use crate::{command, fault, handle, job, pte, witness as records};
+use crate::{command, fault, handle, job, pte, range, witness as records};
 
 /// The whole header.
 #[must_use]
@@ -62,6 +62,7 @@ pub fn c_header() -> String {
         ("Page-table entries", "VGPU_PTE_", pte::CONSTANTS),
         ("Faults", "VGPU_FAULT_", fault::CONSTANTS),
         ("Witness records", "WITNESS_REC_", records::CONSTANTS),
+        ("Invalidations in witness records", "WITNESS_RANGE_", range::CONSTANTS),
     ] {
         let _ = write!(out, "\n/* {title} */\n");
         for (name, value, doc) in list {

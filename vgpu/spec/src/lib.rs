@@ -14,6 +14,7 @@ pub mod handle;
 pub mod header;
 pub mod job;
 pub mod pte;
+pub mod range;
 pub mod regs;
 pub mod uapi;
 pub mod witness;
