@@ -88,6 +88,20 @@ pub fn decode(raw: u64, level: u8) -> Entry {
     }
 }
 
+/// log2 of what a leaf maps.
+#[inline]
+#[must_use]
+pub const fn leaf_shift(raw: u64) -> u32 {
+    if raw & HUGE != 0 { HUGE_SHIFT } else { PAGE_SHIFT }
+}
+
+/// What a leaf makes of `va`: bus address or VRAM offset.
+#[inline]
+#[must_use]
+pub const fn leaf_address(raw: u64, va: u64) -> u64 {
+    (raw & ADDRESS) | (va & ((1 << leaf_shift(raw)) - 1))
+}
+
 /// Index of `va` in a table of `level`.
 #[must_use]
 pub fn index(va: u64, level: u8) -> usize {

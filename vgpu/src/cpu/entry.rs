@@ -21,6 +21,8 @@ const SAVED_DIRTY: u64 = 1 << 58;
 /// Type of a swap entry: bits 59-63. Its offset: bits 14-58, inverted.
 const SWAP_TYPE: u32 = 59;
 const SWAP_OFFSET: u32 = 14;
+/// The first bit of the offset, where the kernel counts before it shifts the type in.
+const SWAP_FIRST: u8 = 9;
 /// Of a swap entry's offset, what is a page frame number where it is one: an address has 52 bits at most.
 const SWAP_PFN: u64 = (1 << 40) - 1;
 
@@ -33,8 +35,6 @@ pub struct Format {
     pub address: u64,
     /// What a type of swap entry means, by its number.
     pub swap: [Kind; 32],
-    /// The kernel keeps the soft-dirty bit.
-    pub soft_dirty: bool,
 }
 
 /// What a sort of entry says of its page.
@@ -75,7 +75,7 @@ pub struct Page {
     pub write: bool,
     /// A CPU has written.
     pub dirty: bool,
-    /// The kernel keeps soft-dirty bits, and this page's is clear: that may be why it is not writable.
+    /// Its soft-dirty bit is clear: where the kernel keeps such bits, that may be why it is not writable.
     pub soft_clean: bool,
     /// The entry as it stands.
     pub raw: u64,
@@ -99,6 +99,42 @@ pub(super) enum Found {
 }
 
 impl Format {
+    /// What the witness says of the kernel (CPU_FORMAT); `None` if it is nothing that x86-64 has.
+    #[must_use]
+    pub fn from_record(arg: [u64; 4]) -> Option<Self> {
+        let [layout, address, first, second] = arg;
+        let byte = |word: u64, at: u32| (word >> (8 * at)) as u8;
+        let levels = byte(layout, 0);
+        let as_here = byte(layout, 2) == 64 - SWAP_TYPE as u8 && byte(layout, 3) == SWAP_FIRST;
+        if !(4..=5).contains(&levels) || !as_here || address & 0xfff != 0 || address >> 52 != 0 {
+            return None;
+        }
+        let mut swap = [Kind::Swap; 32];
+        let kinds = [
+            Kind::Migration,
+            Kind::Migration,
+            Kind::MigrationWrite,
+            Kind::DevicePrivate,
+            Kind::DevicePrivateWrite,
+            Kind::DeviceExclusive,
+            Kind::DeviceExclusive,
+            Kind::DeviceExclusive,
+        ];
+        for (at, kind) in (0..).zip(kinds) {
+            // Those that the kernel does not have are 0xff.
+            if let Some(place) = swap.get_mut(usize::from(byte(first, at))) {
+                *place = kind;
+            }
+        }
+        // Lost to an error, and no page: the numbers are told so that they are not taken for one of the above.
+        for at in 0..3 {
+            if let Some(place) = swap.get_mut(usize::from(byte(second, at))) {
+                *place = Kind::Swap;
+            }
+        }
+        Some(Self { levels, address, swap })
+    }
+
     /// Decodes the entry for `va` at `level` (0 is the lowest); `write` if all levels above allow writes.
     #[inline]
     pub(super) fn decode(&self, raw: u64, level: u8, va: u64, write: bool) -> Found {
@@ -112,7 +148,7 @@ impl Format {
                 frame: frame(raw & self.address, shift, va),
                 write: write && raw & RW != 0,
                 dirty: raw & (DIRTY | SAVED_DIRTY) != 0,
-                soft_clean: self.soft_dirty && raw & SOFT_DIRTY == 0,
+                soft_clean: raw & SOFT_DIRTY == 0,
                 raw,
                 shift,
             });
@@ -167,7 +203,7 @@ pub(super) mod tests {
         swap[27] = Kind::DevicePrivateWrite;
         swap[28] = Kind::Migration;
         swap[30] = Kind::MigrationWrite;
-        Format { levels: 4, address: 0x000f_ffff_ffff_f000, swap, soft_dirty: true }
+        Format { levels: 4, address: 0x000f_ffff_ffff_f000, swap }
     }
 
     fn leaf(raw: u64, level: u8, va: u64) -> Page {
@@ -180,6 +216,23 @@ pub(super) mod tests {
     /// As the kernel's `__swp_entry` makes one.
     pub(in crate::cpu) fn swap_entry(kind: u64, offset: u64) -> u64 {
         (!offset << SWAP_OFFSET >> 5) | kind << SWAP_TYPE
+    }
+
+    #[test]
+    fn the_witness_says_what_the_numbers_are() {
+        let layout = 4 | 40 << 8 | 5 << 16 | 9 << 24;
+        let first = u64::from_le_bytes([28, 29, 30, 26, 27, 25, 0xff, 0xff]);
+        let arg = [layout, 0x000f_ffff_ffff_f000, first, 0xffff_ffff_ff1f_ff18];
+        let mut expected = format();
+        expected.swap[29] = Kind::Migration;
+        assert_eq!(Format::from_record(arg), Some(expected));
+        for (at, bad) in
+            [(0, layout & !0xff | 3), (0, layout + (1 << 16)), (0, 0), (1, u64::MAX), (1, 1 << 52)]
+        {
+            let mut arg = arg;
+            arg[at] = bad;
+            assert_eq!(Format::from_record(arg), None, "{at} {bad:#x}");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::thread::Thread;
 
 use parking_lot::Mutex;
 use vgpu_spec::handle::{Handle, Kind};
+use vgpu_spec::pte::leaf_shift;
 use vgpu_spec::regs::gpu::{
     CAP_COHERENT_ATOMICS, CAPS, CONTEXTS, CTRL, CTRL_ENABLE, DATA_PAGES, ENGINES, QUEUES, TABLE_PAGES,
 };
@@ -24,7 +25,7 @@ use super::queue::{self, Queue};
 use super::registers::Registers;
 use super::sched::Scheduler;
 use super::tables::{Change, Tables};
-use super::tlb::{Tlb, leaf_shift};
+use super::tlb::{Micro, Tlb};
 use crate::memory::{Region, SystemMemory};
 use crate::oracle::{DeviceEvent, Leak, Oracle};
 use crate::pci::ConfigSpace;
@@ -32,6 +33,7 @@ use crate::pci::ConfigSpace;
 /// The part of an engine that others see.
 pub(crate) struct EngineSide {
     pub(crate) in_flight: InFlight,
+    pub(crate) micro: Micro,
     /// By context index.
     pub(crate) tlbs: Box<[Mutex<Tlb>]>,
     pub(crate) counters: EngineCounters,
@@ -110,6 +112,7 @@ impl Device {
         ];
         let engine = || EngineSide {
             in_flight: InFlight::new(),
+            micro: Micro::new(),
             tlbs: (0..config.contexts).map(|_| Mutex::default()).collect(),
             counters: EngineCounters::default(),
         };
@@ -286,7 +289,7 @@ impl Device {
             }
         }
         for engine in engines {
-            let EngineSide { in_flight: _, tlbs, counters: _ } = engine;
+            let EngineSide { in_flight: _, micro: _, tlbs, counters: _ } = engine;
             for tlb in tlbs {
                 *tlb.lock() = Tlb::default();
             }

@@ -6,16 +6,16 @@ use std::sync::atomic::Ordering::SeqCst;
 use vgpu_spec::fault::{ACCESS_ATOMIC, ACCESS_WRITE, FaultEntry, REASON_MALFORMED, REASON_RIGHTS};
 use vgpu_spec::handle::Handle;
 use vgpu_spec::job::{JOB_BAD, JOB_FAULT, JOB_OK, Job};
-use vgpu_spec::pte::{self, PAGE_SHIFT};
+use vgpu_spec::pte::{self, PAGE_SHIFT, leaf_shift};
 use vgpu_spec::regs::gpu::VECTOR_COMPLETION;
 
+use super::checked::Checked;
 use super::context::Context;
 use super::counters::count;
 use super::device::{Device, EngineSide};
 use super::fault::Parked;
 use super::inflight::Range;
 use super::queue::{End, Queue, Run};
-use super::tlb::{Micro, leaf_shift};
 use super::work::Work;
 use crate::oracle::DeviceEvent;
 
@@ -50,7 +50,7 @@ pub(crate) struct Fault {
 pub(crate) struct Engine<'d> {
     pub(crate) device: &'d Device,
     pub(crate) side: &'d EngineSide,
-    micro: Micro,
+    pub(crate) checked: Checked,
     pub(crate) words: Box<[u64; SCRATCH]>,
     pub(crate) others: Box<[u64; SCRATCH]>,
 }
@@ -75,7 +75,7 @@ impl<'d> Engine<'d> {
         Self {
             device,
             side: &device.engines[index],
-            micro: Micro::new(),
+            checked: Checked::default(),
             words: Box::new([0; SCRATCH]),
             others: Box::new([0; SCRATCH]),
         }
@@ -213,7 +213,7 @@ impl<'d> Engine<'d> {
         if !context.is_bound(ctx) {
             return None;
         }
-        self.micro.begin(ctx, sequence);
+        self.side.micro.begin(ctx, sequence);
         Some(published)
     }
 
@@ -226,7 +226,7 @@ impl<'d> Engine<'d> {
         (va, access): (u64, u32),
         published: &Published<'_>,
     ) -> Result<u64, u32> {
-        if let Some(raw) = self.micro.get(va) {
+        if let Some(raw) = self.side.micro.get(va) {
             if permits(raw, access) {
                 return Ok(raw);
             }
@@ -235,7 +235,7 @@ impl<'d> Engine<'d> {
         let found = tlb.lock().lookup(va);
         if let Some(raw) = found {
             if permits(raw, access) {
-                self.micro.put(va, raw);
+                self.side.micro.put(va, raw);
                 return Ok(raw);
             }
         }
@@ -280,7 +280,7 @@ impl<'d> Engine<'d> {
         }
         let shift = leaf_shift(raw);
         context.saw((va >> shift) << 1 | u64::from(shift != PAGE_SHIFT));
-        self.micro.put(va, raw);
+        self.side.micro.put(va, raw);
         Ok(raw)
     }
 

@@ -8,7 +8,7 @@ use vgpu_spec::handle::Handle;
 use vgpu_spec::job::{
     FLAG_WRITE, JOB_BUS_ERROR, OP_ATOMIC_ADD, OP_CHECK, OP_COMPARE, OP_COPY, OP_FILL, OP_RANDOM, random_index,
 };
-use vgpu_spec::pte::{self, HUGE_SHIFT};
+use vgpu_spec::pte::{self, HUGE_SHIFT, leaf_address, leaf_shift};
 use vm_memory::VolatileSlice;
 use zerocopy::IntoBytes as _;
 
@@ -17,7 +17,6 @@ use super::counters::count;
 use super::device::Device;
 use super::engine::{Engine, Fault, SCRATCH, Step};
 use super::inflight::EMPTY;
-use super::tlb::{leaf_address, leaf_shift};
 use super::work::{Shape, Work};
 use crate::memory::{MemoryError, Snapshot};
 
@@ -131,10 +130,14 @@ impl Engine<'_> {
         };
         bytes = bytes.min(other.as_ref().map_or(bytes, |slice| slice.len() as u64)) & !7;
         published.side.in_flight.accessing(first.0);
+        let compare = device.oracle.compare(ctx);
         let mut used = 0;
         for (leaf, operand) in leaves.into_iter().zip(operands) {
             if let Some((va, access)) = operand {
                 device.oracle.access(ctx, va, frame(leaf, va), access);
+                if let Some(compare) = &compare {
+                    compare.range(va, bytes, leaf, access);
+                }
                 used += 1;
             }
         }
@@ -144,6 +147,13 @@ impl Engine<'_> {
             (OP_CHECK, _) => self.check(work, &source, bytes),
             (OP_COMPARE, Some(with)) => self.compare(work, &source, with, bytes),
             _ => {}
+        }
+        if let Some(compare) = &compare {
+            for (leaf, operand) in leaves.into_iter().zip(operands) {
+                if let Some((va, access)) = operand {
+                    compare.range(va, bytes, leaf, access);
+                }
+            }
         }
         drop(published);
         count(&self.side.counters.accesses, used);
@@ -204,6 +214,8 @@ impl Engine<'_> {
         let Some(batch) = words_left(work) else { return Step::More };
         let Some(published) = self.publish(context, ctx, [range, EMPTY]) else { return Step::Gone };
         let snapshot = device.memory.snapshot();
+        let compare = device.oracle.compare(ctx);
+        self.checked.begin();
         let (first, write) = (work.done, work.job.flags & FLAG_WRITE != 0);
         let [operand0, _, operand2] = work.job.operand;
         let mut step = Step::More;
@@ -226,6 +238,11 @@ impl Engine<'_> {
                 published.side.in_flight.accessing(va);
             }
             device.oracle.access(ctx, va, frame(raw, va), access);
+            if let Some(compare) = &compare {
+                if self.checked.is_new(va, raw) {
+                    compare.page(va, raw, access);
+                }
+            }
             let read = if access & ACCESS_ATOMIC != 0 {
                 debug_assert_eq!(work.job.op, OP_ATOMIC_ADD);
                 word.fetch_add(operand0, Ordering::SeqCst)
@@ -241,6 +258,11 @@ impl Engine<'_> {
             };
             work.result = work.result.wrapping_add(read);
             work.done = i + 1;
+        }
+        if let Some(compare) = &compare {
+            for &(va, raw) in self.checked.pages() {
+                compare.page(va, raw, access);
+            }
         }
         drop(published);
         let done = work.done - first;

@@ -9,6 +9,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vgpu_spec::handle::Handle;
+use vgpu_spec::pte::PAGE_SHIFT;
 
 /// Addresses that a step may touch: first and last, inclusive.
 pub(crate) type Range = (u64, u64);
@@ -80,6 +81,22 @@ impl InFlight {
         // it is over already.
         let torn = self.epoch.load(Ordering::SeqCst) != epoch;
         (torn || named == ctx.0 && touched).then_some(epoch)
+    }
+
+    /// Whether the step that is or was published last is one of `ctx`.
+    pub(crate) fn is_of(&self, ctx: Handle) -> bool {
+        self.ctx.load(Ordering::Acquire) == ctx.0
+    }
+
+    /// Whether the step that is or was published last may touch the page at `va`.
+    pub(crate) fn may_touch(&self, va: u64) -> bool {
+        let page = va >> PAGE_SHIFT;
+        let touches = |i: usize| {
+            let (start, last) =
+                (self.ranges[i].load(Ordering::Acquire), self.ranges[i + 1].load(Ordering::Acquire));
+            start <= last && start >> PAGE_SHIFT <= page && page <= last >> PAGE_SHIFT
+        };
+        touches(0) || touches(2)
     }
 
     /// Whether the step published as `epoch` is over.

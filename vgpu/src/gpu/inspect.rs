@@ -4,10 +4,11 @@
 use std::sync::atomic::Ordering::SeqCst;
 
 use vgpu_spec::handle::Handle;
+use vgpu_spec::pte;
 
 use super::context::State;
 use super::device::Device;
-use crate::oracle::ContextView;
+use crate::oracle::{ContextView, RangeView};
 
 impl Device {
     /// What the device has for a context now.
@@ -34,5 +35,64 @@ impl Device {
             view.in_flight = view.in_flight.or_else(|| engine.in_flight.address(ctx));
         }
         Some(view)
+    }
+
+    /// What the device has of a context's translations that touch a range: of each sort at most `most`, only such that allow
+    /// writes if `write_only`.
+    pub(crate) fn range_view(
+        &self,
+        ctx: Handle,
+        (start, last): (u64, u64),
+        write_only: bool,
+        most: usize,
+    ) -> Option<RangeView> {
+        let context = self.contexts.get(ctx.index() as usize)?;
+        let released = context.state_of(ctx)? == State::Released;
+        let mut view = RangeView {
+            released,
+            queueless: context.queues.load(SeqCst) == 0,
+            busy: self.is_busy(ctx),
+            ..RangeView::default()
+        };
+        let counts = |raw: u64| !write_only || raw & (pte::WRITE | pte::ATOMIC) != 0;
+        let collect = |list: &mut Vec<(u64, u64)>, va, raw| {
+            if counts(raw) && list.len() < most {
+                list.push((va, raw));
+            }
+            list.len() < most
+        };
+        if !released {
+            let root = context.root.load(SeqCst);
+            let leaves = &mut view.leaves;
+            self.tables.each_in(ctx, root, (start, last), self.tables.pages.len(), &mut |va, raw| {
+                collect(leaves, va, raw)
+            });
+        }
+        for engine in &self.engines {
+            let entries = &mut view.tlb_entries;
+            engine.tlbs[ctx.index() as usize]
+                .lock()
+                .each_in(start, last, &mut |va, raw| collect(entries, va, raw));
+            view.in_flight = view.in_flight.or_else(|| {
+                let slot = &engine.in_flight;
+                let epoch = slot.overlapping(ctx, (start, last))?;
+                // Only a step that accesses has thrown away what another one left in the cache.
+                slot.address(ctx)?;
+                // A translation that the step at hand has, and may still use.
+                let touches = |va: u64| va | 0xfff >= start && va <= last;
+                let found = engine.micro.find(|va, raw| touches(va) && counts(raw) && slot.may_touch(va))?;
+                (slot.is_of(ctx) && !slot.is_past(epoch)).then_some(found)
+            });
+        }
+        Some(view)
+    }
+
+    /// Whether the context has a job at work or waiting.
+    fn is_busy(&self, ctx: Handle) -> bool {
+        self.queues.iter().filter(|queue| queue.ctx() == ctx).any(|queue| match queue.run.try_lock() {
+            Some(run) => run.work.is_some() || queue.waiting(&run) != Some(0),
+            // An engine has it.
+            None => true,
+        })
     }
 }

@@ -22,6 +22,7 @@
 mod bar;
 #[cfg(any(test, feature = "testing"))]
 mod check;
+mod checked;
 mod command;
 mod context;
 mod counters;
@@ -56,7 +57,7 @@ pub use counters::GpuCounters;
 
 use crate::function::{Backing, Bar, Effects, Function, InterruptSink};
 use crate::memory::{MemoryError, Region, SystemMemory};
-use crate::oracle::{ContextView, Inspect, Oracle};
+use crate::oracle::{ContextView, Inspect, Oracle, RangeView};
 use crate::pci::{BarShape, CLASS_GPU, ConfigSpace, Identity, MSIX_BAR_BYTES, MsixShape};
 use device::Device;
 use engine::Engine;
@@ -216,6 +217,9 @@ impl Drop for Gpu {
 }
 
 impl Inspect for Gpu {
+    fn range(&self, ctx: Handle, range: (u64, u64), write_only: bool, most: usize) -> Option<RangeView> {
+        self.device.range_view(ctx, range, write_only, most)
+    }
     fn context(&self, ctx: Handle) -> Option<ContextView> {
         self.device.view(ctx)
     }

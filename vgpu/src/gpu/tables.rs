@@ -318,6 +318,54 @@ impl Tables {
         }
     }
 
+    /// Address and entry of each valid leaf that a walk from the root can reach and that touches `[start, last]`, until `leaf`
+    /// says no or `budget` tables have been looked at.
+    pub(crate) fn each_in(
+        &self,
+        ctx: Handle,
+        root: u64,
+        range: (u64, u64),
+        mut budget: u32,
+        leaf: &mut dyn FnMut(u64, u64) -> bool,
+    ) {
+        let last = range.1.min((1 << pte::VA_BITS) - 1);
+        if let (Some(root), true) = (root.checked_sub(1), range.0 <= last) {
+            self.each_below(ctx, root as u32, (ROOT_LEVEL, 0), (range.0, last), &mut budget, leaf);
+        }
+    }
+
+    fn each_below(
+        &self,
+        ctx: Handle,
+        page: u32,
+        (level, base): (u8, u64),
+        (start, last): (u64, u64),
+        budget: &mut u32,
+        leaf: &mut dyn FnMut(u64, u64) -> bool,
+    ) -> bool {
+        if self.pages.owner(page) != ctx || *budget == 0 {
+            return true;
+        }
+        *budget -= 1;
+        let end = base | ((1 << (shift(level) + 9)) - 1);
+        let (start, last) = (start.max(base), last.min(end));
+        for index in pte::index(start, level)..=pte::index(last, level) {
+            let raw = self.read(page, index);
+            let va = base + ((index as u64) << shift(level));
+            let more = match decode(raw, level) {
+                Entry::Leaf(_) => leaf(va, raw),
+                Entry::Table(child) if level > 0 => {
+                    self.each_below(ctx, child, (level - 1, va), (start, last), budget, leaf)
+                }
+                _ => true,
+            };
+            if !more {
+                return false;
+            }
+        }
+        true
+    }
+
     /// Finds the leaf of `va`.
     pub(crate) fn walk(&self, ctx: Handle, root: u64, va: u64) -> Result<u64, WalkFault> {
         let Some(root) = root.checked_sub(1) else { return Err(WalkFault::new(REASON_NO_ROOT)) };
@@ -453,6 +501,18 @@ mod tests {
         link(&tables2, &mut told);
         assert_eq!(told, [set]);
         assert_eq!(tables2.walk(A, 1, VA + 0x7abc), Ok(leaf));
+        let within = |start, last| {
+            let mut found = vec![];
+            tables2.each_in(A, 1, (start, last), 100, &mut |va, raw| {
+                found.push((va, raw));
+                true
+            });
+            found
+        };
+        assert_eq!(within(VA + 0x7fff, VA + 0x7fff), [(VA + 0x7000, leaf)]);
+        assert_eq!(within(0, u64::MAX), [(VA + 0x7000, leaf)]);
+        assert_eq!(within(0, VA + 0x6fff), []);
+        assert_eq!(within(VA + 0x8000, u64::MAX), []);
         told.clear();
         tables2.write(A, 1, (1, 0), &mut Budget::default(), &mut |c| told.push(c));
         assert_eq!(told, [Change::Cleared { va: Some(VA + 0x7000), count: 1, shift: 12 }]);

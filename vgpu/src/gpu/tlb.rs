@@ -7,9 +7,11 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use vgpu_spec::handle::Handle;
-use vgpu_spec::pte::{self, HUGE_SHIFT, PAGE_SHIFT};
+use vgpu_spec::pte::{self, HUGE_SHIFT, PAGE_SHIFT, leaf_shift};
 
 /// Entries of either size in one TLB, whatever the configuration says: a driver that links its tables ever elsewhere and never
 /// invalidates must not use up the host's memory. 1 GiB in 4 KiB leaves.
@@ -37,18 +39,6 @@ impl Hasher for PageHasher {
 
 pub(crate) type PageHash = BuildHasherDefault<PageHasher>;
 type Entries = HashMap<u64, u64, PageHash>;
-
-/// A page table's leaf size.
-#[inline]
-pub(crate) fn leaf_shift(raw: u64) -> u32 {
-    if raw & pte::HUGE != 0 { HUGE_SHIFT } else { PAGE_SHIFT }
-}
-
-/// What the leaf makes of `va`: bus address or VRAM offset.
-#[inline]
-pub(crate) fn leaf_address(raw: u64, va: u64) -> u64 {
-    (raw & pte::ADDRESS) | (va & ((1 << leaf_shift(raw)) - 1))
-}
 
 /// The translations that one engine holds of one context.
 #[derive(Debug, Default)]
@@ -95,6 +85,32 @@ impl Tlb {
             + drop_range(&mut self.huge, start >> HUGE_SHIFT, last >> HUGE_SHIFT)
     }
 
+    /// Calls `found` with address and entry of each translation that touches `[start, last]`, until it says no.
+    pub(crate) fn each_in(&self, start: u64, last: u64, found: &mut dyn FnMut(u64, u64) -> bool) {
+        let last = last.min((1 << pte::VA_BITS) - 1);
+        if start > last {
+            return;
+        }
+        for (entries, shift) in [(&self.small, PAGE_SHIFT), (&self.huge, HUGE_SHIFT)] {
+            let (first, last) = (start >> shift, last >> shift);
+            if last - first < entries.len() as u64 {
+                for key in first..=last {
+                    if let Some(&raw) = entries.get(&key) {
+                        if !found(key << shift, raw) {
+                            return;
+                        }
+                    }
+                }
+            } else {
+                for (&key, &raw) in entries.iter().filter(|&(&key, _)| key >= first && key <= last) {
+                    if !found(key << shift, raw) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
     pub(crate) fn len(&self) -> u64 {
         (self.small.len() + self.huge.len()) as u64
     }
@@ -121,36 +137,59 @@ fn drop_range(entries: &mut Entries, first: u64, last: u64) -> u64 {
 
 const MICRO: usize = 64;
 
-/// A few translations of one context, used without a lock.
+/// A few translations of one context, used by one engine without a lock.
+///
+/// Only that engine writes it. Others read it ([`Micro::find`]) to see which translations the step at hand can still use.
+#[derive(Debug)]
 pub(crate) struct Micro {
-    ctx: Handle,
-    sequence: u64,
+    ctx: AtomicU64,
+    sequence: AtomicU64,
     /// (page number + 1, leaf).
-    entries: [(u64, u64); MICRO],
+    entries: [(AtomicU64, AtomicU64); MICRO],
 }
 
 impl Micro {
     pub(crate) fn new() -> Self {
-        Self { ctx: Handle::NONE, sequence: 0, entries: [(0, 0); MICRO] }
+        Self {
+            ctx: AtomicU64::new(0),
+            sequence: AtomicU64::new(0),
+            entries: [const { (AtomicU64::new(0), AtomicU64::new(0)) }; MICRO],
+        }
     }
 
     /// To be called in each step, after the step was published and the sequence read.
     #[inline]
-    pub(crate) fn begin(&mut self, ctx: Handle, sequence: u64) {
-        if self.ctx != ctx || self.sequence != sequence {
-            *self = Self { ctx, sequence, entries: [(0, 0); MICRO] };
+    pub(crate) fn begin(&self, ctx: Handle, sequence: u64) {
+        if self.ctx.load(Relaxed) != ctx.0 || self.sequence.load(Relaxed) != sequence {
+            self.ctx.store(ctx.0, Relaxed);
+            self.sequence.store(sequence, Relaxed);
+            self.entries.iter().for_each(|entry| entry.0.store(0, Release));
         }
     }
     #[inline]
     pub(crate) fn get(&self, va: u64) -> Option<u64> {
         let page = va >> PAGE_SHIFT;
-        let (tag, raw) = self.entries[page as usize % MICRO];
-        (tag == page + 1).then_some(raw)
+        let (tag, raw) = &self.entries[page as usize % MICRO];
+        (tag.load(Relaxed) == page + 1).then(|| raw.load(Relaxed))
     }
     #[inline]
-    pub(crate) fn put(&mut self, va: u64, raw: u64) {
+    pub(crate) fn put(&self, va: u64, raw: u64) {
         let page = va >> PAGE_SHIFT;
-        self.entries[page as usize % MICRO] = (page + 1, raw);
+        let entry = &self.entries[page as usize % MICRO];
+        entry.0.store(0, Release);
+        entry.1.store(raw, Release);
+        entry.0.store(page + 1, Release);
+    }
+
+    /// Address and leaf of a translation that `wanted` accepts. For other threads than the engine's.
+    pub(crate) fn find(&self, wanted: impl Fn(u64, u64) -> bool) -> Option<(u64, u64)> {
+        self.entries.iter().find_map(|(tag, raw)| {
+            let page = tag.load(Acquire);
+            let leaf = raw.load(Acquire);
+            let whole = page != 0 && tag.load(Acquire) == page;
+            let va = page.wrapping_sub(1) << PAGE_SHIFT;
+            (whole && wanted(va, leaf)).then_some((va, leaf))
+        })
     }
 }
 
@@ -166,6 +205,18 @@ mod tests {
             tlb.insert(page << 12, VALID | page << 12, None);
         }
         tlb.insert(4 << 21, VALID | HUGE | 2 << 21, None);
+        let touching = |tlb: &Tlb, start, last| {
+            let mut found = vec![];
+            tlb.each_in(start, last, &mut |va, _| {
+                found.push(va);
+                true
+            });
+            found.sort_unstable();
+            found
+        };
+        assert_eq!(touching(&tlb, 0x5800, 0x7000), [0x5000, 0x6000, 0x7000]);
+        assert_eq!(touching(&tlb, 0x6_2000, (4 << 21) + 5), [0x6_2000, 0x6_3000, 4 << 21]);
+        assert_eq!(touching(&tlb, 0, u64::MAX).len(), 101);
         assert_eq!(tlb.invalidate(0x5800, 0x7000), 3);
         assert_eq!(tlb.lookup(0x4fff), Some(VALID | 0x4000));
         assert_eq!(tlb.lookup(0x5000), None);
@@ -188,14 +239,17 @@ mod tests {
 
     #[test]
     fn the_micro_cache_forgets_when_the_sequence_moves() {
-        let mut micro = Micro::new();
+        let micro = Micro::new();
         micro.begin(Handle(5), 1);
         micro.put(0x1000, 7);
         assert_eq!(micro.get(0x1fff), Some(7));
         assert_eq!(micro.get(0x1000 + (MICRO as u64) * 0x1000), None);
         micro.begin(Handle(5), 1);
         assert_eq!(micro.get(0x1000), Some(7));
+        assert_eq!(micro.find(|va, _| va == 0x1000), Some((0x1000, 7)));
+        assert_eq!(micro.find(|va, _| va == 0x2000), None);
         micro.begin(Handle(5), 2);
         assert_eq!(micro.get(0x1000), None);
+        assert_eq!(micro.find(|_, _| true), None);
     }
 }

@@ -212,6 +212,23 @@ pub struct ContextView {
     pub parked_faults: u32,
 }
 
+/// What the device has of a context's translations that touch a range, at one moment. Each is address and entry.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RangeView {
+    /// The context is Released: nothing is translated for it any more.
+    pub released: bool,
+    /// It has no queue: nothing can be translated for it until it is given one.
+    pub queueless: bool,
+    /// A job of it is at work or waits.
+    pub busy: bool,
+    /// Valid leaves that a walk can reach; none if released.
+    pub leaves: Vec<(u64, u64)>,
+    /// Entries in TLBs.
+    pub tlb_entries: Vec<(u64, u64)>,
+    /// A translation that an access under way now has and may still use.
+    pub in_flight: Option<(u64, u64)>,
+}
+
 /// The device, as the oracle may question it.
 ///
 /// Called from [`super::Oracle::witness`] only, with none of the oracle's locks held; never from inside
@@ -219,4 +236,8 @@ pub struct ContextView {
 pub trait Inspect: Send + Sync {
     /// The state of a context, or `None` if the handle is not live.
     fn context(&self, ctx: Handle) -> Option<ContextView>;
+
+    /// A context's translations that touch `[range.0, range.1]`, only such that allow writes if `write_only`, of each sort at
+    /// most `most`; `None` if the handle is not live.
+    fn range(&self, ctx: Handle, range: (u64, u64), write_only: bool, most: usize) -> Option<RangeView>;
 }

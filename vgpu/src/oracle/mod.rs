@@ -7,8 +7,11 @@
 //! Locks: each is held for moments and never while another is taken. None is held while the device is asked ([`Inspect`]) or a sink is called, so the device may call in with its own
 //! locks held.
 
+mod doubt;
 mod event;
+mod mirror;
 mod moments;
+mod range;
 mod rule;
 mod state;
 mod trace;
@@ -21,22 +24,30 @@ mod oracle_test;
 #[cfg(test)]
 mod release_test;
 
-pub use event::{ContextView, DeviceEvent, Inspect, Leak};
+pub use event::{ContextView, DeviceEvent, Inspect, Leak, RangeView};
+pub use mirror::Compare;
 pub use rule::Rule;
 pub use violation::{OracleCounters, Violation};
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
+use arc_swap::ArcSwapOption;
 use parking_lot::Mutex;
 use vgpu_spec::handle::Handle;
 use vgpu_spec::pte;
 use vgpu_spec::witness::{self, Record};
 
+use doubt::{Cause, Outcome};
+use mirror::{Mirrors, Verdict};
 use moments::Moment;
+use range::{Demand, Range};
 use state::{Finding, State, Watched};
 use trace::{Trace, What};
+
+use crate::cpu::Format;
+use crate::memory::SystemMemory;
 
 /// How the oracle judges.
 #[derive(Clone, Copy, Debug)]
@@ -49,17 +60,28 @@ pub struct OracleConfig {
     pub max_violations: usize,
     /// Contexts that the device has.
     pub contexts: u32,
+    /// The platform declares device atomics on system memory coherent with the CPU's; else they need a device-exclusive page.
+    pub coherent_atomics: bool,
 }
 
 impl Default for OracleConfig {
     fn default() -> Self {
-        Self { enabled: true, fault_heartbeats: 100, max_violations: 100, contexts: 64 }
+        Self {
+            enabled: true,
+            fault_heartbeats: 100,
+            max_violations: 100,
+            contexts: 64,
+            coherent_atomics: true,
+        }
     }
 }
 
 /// Called with each violation, the first time it is seen.
 pub type ViolationSink = Box<SinkFn>;
 type SinkFn = dyn Fn(&Violation) + Send + Sync;
+
+/// Leaves, and TLB entries, of a context in one range looked at.
+const LOOKED_AT: usize = 1024;
 
 /// What makes two violations the same one: rule and context, and for those reported from outside the sentence as well.
 type Key = (Rule, Option<u64>, Option<String>);
@@ -90,6 +112,15 @@ impl Kept {
 pub struct Oracle {
     config: OracleConfig,
     watched: Watched,
+    mirrors: Mirrors,
+    /// The guest's memory, by its physical addresses.
+    memory: OnceLock<Arc<SystemMemory>>,
+    /// How the guest's kernel writes its page tables, once it is known.
+    format: ArcSwapOption<Format>,
+    /// Bus address and number of the slots that show whether an invalidation has ended.
+    slots: Mutex<(u64, u64)>,
+    /// Steps held against the CPU's tables.
+    compared: AtomicU64,
     trace: Trace,
     state: Mutex<State>,
     kept: Mutex<Kept>,
@@ -105,6 +136,11 @@ impl Oracle {
         Arc::new(Self {
             config,
             watched: Watched::new(if config.enabled { config.contexts } else { 0 }),
+            mirrors: Mirrors::new(if config.enabled { config.contexts } else { 0 }),
+            memory: OnceLock::new(),
+            format: ArcSwapOption::empty(),
+            slots: Mutex::default(),
+            compared: AtomicU64::new(0),
             trace: Trace::new(config.enabled),
             state: Mutex::new(State::new(config.fault_heartbeats)),
             kept: Mutex::new(Kept::default()),
@@ -119,6 +155,12 @@ impl Oracle {
         *self.device.lock() = Some(device);
     }
 
+    /// Gives it the guest's memory, where the device's bus addresses are physical addresses of the guest. Without it nothing is
+    /// held against the CPU's page tables. Once only: what is given later is not taken.
+    pub fn attach_memory(&self, memory: Arc<SystemMemory>) {
+        let _ = self.memory.set(memory);
+    }
+
     /// Something happened on the device.
     ///
     /// To be called before the guest can learn of it, and for one context or fault in the order in which things happened.
@@ -131,7 +173,16 @@ impl Oracle {
                 | E::Invalidate { .. }
                 | E::InvalidateDone { .. }
                 | E::JobDone { .. } => return,
-                E::LeafSet { ctx, .. } if !self.watched.contains(ctx) => return,
+                E::LeafSet { ctx, va, pte } => {
+                    if let Some(va) = va {
+                        self.leaf_set(ctx, va, pte);
+                    }
+                    if !self.watched.contains(ctx) {
+                        return;
+                    }
+                }
+                E::ContextReleased { ctx } | E::ContextUnbound { ctx, .. } => self.mirrors.clear(ctx),
+                E::Reset => self.mirrors.clear_all(),
                 _ => {}
             }
         } else if !matches!(event, E::ContextBound { .. } | E::ContextUnbound { .. } | E::Reset) {
@@ -140,6 +191,35 @@ impl Oracle {
         let mut found = Vec::new();
         self.state.lock().device(&event, &self.watched, &mut found);
         self.raise(found);
+    }
+
+    /// A leaf was set in the tables of a context.
+    #[inline]
+    fn leaf_set(&self, ctx: Handle, va: u64, leaf: u64) {
+        if self.mirrors.wants(ctx) {
+            let mut found = Vec::new();
+            self.with_live(|live| {
+                self.state.lock().leaf_attended((ctx, va, leaf), live, &self.mirrors, &mut found);
+            });
+            self.raise(found);
+        }
+        if let Some(compare) = self.compare(ctx) {
+            compare.leaf(va, leaf);
+        }
+    }
+
+    /// Calls `with` with a function that says whether an invalidation has not ended.
+    fn with_live(&self, with: impl FnOnce(range::Live<'_>)) {
+        let (base, count) = *self.slots.lock();
+        let snapshot = self.memory.get().map(|memory| memory.snapshot());
+        with(&|slot, number| {
+            let slot = u64::from(slot);
+            let word = snapshot
+                .as_ref()
+                .filter(|_| slot < count)
+                .and_then(|snapshot| snapshot.atomic_u64(base.checked_add(8 * slot)?, false).ok());
+            word.is_some_and(|word| word.load(std::sync::atomic::Ordering::SeqCst) == number)
+        });
     }
 
     /// An access is about to touch memory: its translation is done, and [`Inspect`] shows it as in flight.
@@ -172,9 +252,23 @@ impl Oracle {
         }
         let arg = record.arg[0];
         match record.kind {
-            witness::HELLO => self.state.lock().hello(),
+            witness::HELLO => {
+                self.mirrors.clear_all();
+                self.format.store(None);
+                *self.slots.lock() = (0, 0);
+                self.state.lock().hello();
+            }
+            witness::CPU_FORMAT => match Format::from_record(record.arg) {
+                Some(format) => self.format.store(Some(Arc::new(format))),
+                None => self.bad_record(),
+            },
+            witness::RANGE_SLOTS => *self.slots.lock() = (record.arg[0], record.arg[1]),
+            witness::RANGE_START => self.range_start(record),
+            witness::RANGE_END => self.range_end(record),
             witness::HEARTBEAT => self.heartbeat(record.arg[1]),
-            witness::MM_BEGIN => self.state.lock().begin(record.mm, record.tgid, &self.watched),
+            witness::MM_BEGIN => {
+                self.state.lock().begin(record.mm, record.tgid, record.arg[1], &self.watched);
+            }
             witness::NOTIFIER_ADDED => self.state.lock().notifier(record.mm, 1, &self.watched),
             witness::NOTIFIER_REMOVED => self.state.lock().notifier(record.mm, -1, &self.watched),
             witness::ASSOCIATE => self.associate(record.mm, Handle(arg)),
@@ -187,7 +281,7 @@ impl Oracle {
             witness::MM_STRANDED => self.left(|state, found| state.stranded(record.mm, found)),
             witness::BYE => self.left(|state, found| state.bye(arg, found)),
             // CPU_FORMAT is for the walk of the CPU's tables.
-            witness::MESSAGE | witness::CPU_FORMAT => {}
+            witness::MESSAGE => {}
             _ => self.state.lock().bad_records += 1,
         }
     }
@@ -204,21 +298,100 @@ impl Oracle {
         self.raise(found);
     }
 
+    fn device(&self) -> Option<Arc<dyn Inspect>> {
+        self.device.lock().as_ref().and_then(Weak::upgrade)
+    }
+
     fn inspect(&self, ctx: Handle) -> Option<ContextView> {
-        let device = self.device.lock().as_ref().and_then(Weak::upgrade)?;
-        device.context(ctx)
+        self.device()?.context(ctx)
     }
 
     fn associate(&self, mm: u64, ctx: Handle) {
         let known = self.state.lock().knows(ctx);
         let live = known || self.inspect(ctx).is_some();
-        self.state.lock().associate(mm, ctx, live, &self.watched);
+        if let Some(root) = self.state.lock().associate(mm, ctx, live, &self.watched) {
+            self.mirrors.set(ctx, root);
+        }
+    }
+
+    /// The start of an invalidation has returned 0: what must not be there any more is looked for while its caller waits.
+    fn range_start(&self, record: &Record) {
+        let Some(range) = Range::read(record) else { return self.bad_record() };
+        let mut concerned = Vec::new();
+        self.with_live(|live| {
+            concerned = self.state.lock().range_started(record.mm, range, live, &self.mirrors);
+        });
+        let Some(device) = self.device() else { return };
+        if !self.config.enabled {
+            return;
+        }
+        for ctx in concerned {
+            let no_write = range.demand() == Demand::NoWrite;
+            let Some(view) = device.range(ctx, (range.start, range.last), no_write, 1) else { continue };
+            let mut found = Vec::new();
+            self.state.lock().range_looked(record.mm, &range, ctx, &view, &mut found);
+            self.raise(found);
+        }
+    }
+
+    /// The end of a change of rights: no translation may allow more than the CPU's now.
+    fn range_end(&self, record: &Record) {
+        let Some(range) = Range::read(record) else { return self.bad_record() };
+        let concerned = self.state.lock().range_ends(record.mm);
+        let Some(device) = self.device() else { return };
+        for ctx in concerned {
+            let view = device.range(ctx, (range.start, range.last), false, LOOKED_AT);
+            let (Some(view), Some(compare)) = (view, self.compare(ctx)) else { continue };
+            if view.released || view.queueless {
+                continue;
+            }
+            let leaves = view.leaves.iter().map(|&leaf| (leaf, false));
+            let entries = view.tlb_entries.iter().map(|&entry| (entry, true));
+            for ((va, leaf), in_tlb) in leaves.chain(entries) {
+                let va = va.max(range.start);
+                let (page, verdict) = compare.judged(va, leaf, mirror::leaf_access(leaf));
+                if verdict == Verdict::Wrong(Rule::MirrorExcessRights) {
+                    let finding =
+                        self.state.lock().range_excess(record.mm, &range, (ctx, va, leaf), in_tlb, &page);
+                    self.raise(finding.into_iter().collect());
+                }
+            }
+        }
+    }
+
+    /// Looks again at translations that were in doubt.
+    fn look_at_doubts(&self) {
+        let doubts = self.state.lock().doubts();
+        let Some(device) = self.device().filter(|_| !doubts.is_empty()) else { return };
+        for (ctx, doubt) in doubts {
+            let view = device.range(ctx, (doubt.va, doubt.va), false, LOOKED_AT);
+            let there = view.filter(|view| !view.released && !view.queueless).is_some_and(|view| {
+                view.leaves.iter().chain(&view.tlb_entries).any(|&(_, leaf)| leaf == doubt.leaf)
+            });
+            let outcome = match (&doubt.cause, there, self.compare(ctx)) {
+                (_, false, _) => Outcome::Settled,
+                (Cause::Stale(_), true, _) => Outcome::Lasting,
+                (Cause::Absent, true, None) => Outcome::Settled,
+                (Cause::Absent, true, Some(compare)) => {
+                    match compare.judged(doubt.va, doubt.leaf, vgpu_spec::fault::ACCESS_READ) {
+                        (_, Verdict::Good) => Outcome::Settled,
+                        (_, Verdict::Absent | Verdict::Moving) => Outcome::Lasting,
+                        (page, Verdict::Wrong(rule)) => Outcome::Wrong(rule, page),
+                    }
+                }
+            };
+            let mut found = Vec::new();
+            self.state.lock().doubted(ctx, &doubt, outcome, &mut found);
+            self.raise(found);
+        }
     }
 
     /// Looks at what the contexts of an address space still have.
     fn look(&self, mm: u64, moment: Moment) {
         // From here on the contexts' accesses are watched, so none slips through between the look and the watch.
         let concerned = self.state.lock().moment(mm, moment, &self.watched);
+        // The kernel is about to free the tables that accesses are held against.
+        concerned.iter().for_each(|&ctx| self.mirrors.clear(ctx));
         if !self.config.enabled {
             return;
         }
@@ -234,6 +407,7 @@ impl Oracle {
         if self.config.enabled {
             self.trace.heartbeat();
         }
+        self.look_at_doubts();
         let overdue = self.state.lock().heartbeat(missed);
         for ctx in overdue {
             // Without a device to ask, its events have to do.
@@ -327,6 +501,8 @@ impl Oracle {
             stale_answers: state.stale_answers,
             witness_starts: state.hellos,
             contexts_lost: state.contexts_lost,
+            ranges_judged: state.ranges,
+            steps_compared: self.compared.load(Relaxed),
             events,
             suppressed,
         }

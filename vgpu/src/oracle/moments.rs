@@ -69,7 +69,7 @@ impl State {
     }
 
     /// An address space has its first notifier.
-    pub(super) fn begin(&mut self, mm: u64, tgid: u32, watched: &Watched) {
+    pub(super) fn begin(&mut self, mm: u64, tgid: u32, root: u64, watched: &Watched) {
         if mm == 0 || self.mms.contains_key(&mm) {
             self.bad_records += 1;
             return;
@@ -79,7 +79,7 @@ impl State {
                 self.alive.remove(&old);
             }
         }
-        self.mms.insert(mm, Mm { tgid, ..Mm::default() });
+        self.mms.insert(mm, Mm { tgid, root, ..Mm::default() });
         self.alive.insert(mm);
         for (&handle, context) in self.contexts.iter_mut().filter(|(_, context)| !context.associated) {
             context.seen = match context.seen {
@@ -130,8 +130,9 @@ impl State {
         self.contexts.contains_key(&ctx.0)
     }
 
-    /// A workload says whose the context is; `live` if the device knows a context that this state does not.
-    pub(super) fn associate(&mut self, id: u64, ctx: Handle, live: bool, watched: &Watched) {
+    /// A workload says whose the context is; `live` if the device knows a context that this state does not. Returns the address
+    /// of the top page table, if that is taken and known.
+    pub(super) fn associate(&mut self, id: u64, ctx: Handle, live: bool, watched: &Watched) -> Option<u64> {
         if live && !self.knows(ctx) {
             self.bind(ctx, watched);
         }
@@ -140,10 +141,13 @@ impl State {
             Some(context) if alive && !(context.by_word && context.mm != Some(id)) => {}
             _ => {
                 self.bad_associations += 1;
-                return;
+                return None;
             }
         }
         self.pair(id, ctx, true, watched);
+        let context = self.contexts.get(&ctx.0)?;
+        let root = self.mms.get(&id)?.root;
+        (root != 0 && !context.released && matches!(context.after, After::Alive)).then_some(root)
     }
 
     fn pair(&mut self, id: u64, ctx: Handle, by_word: bool, watched: &Watched) {

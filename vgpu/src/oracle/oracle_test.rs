@@ -14,11 +14,17 @@ use super::*;
 
 /// A device that says what it was told to say.
 #[derive(Default)]
-pub(super) struct Fake(pub(super) Mutex<BTreeMap<u64, ContextView>>);
+pub(super) struct Fake(
+    pub(super) Mutex<BTreeMap<u64, ContextView>>,
+    pub(super) Mutex<BTreeMap<u64, RangeView>>,
+);
 
 impl Inspect for Fake {
     fn context(&self, ctx: Handle) -> Option<ContextView> {
         self.0.lock().get(&ctx.0).copied()
+    }
+    fn range(&self, ctx: Handle, _: (u64, u64), _: bool, _: usize) -> Option<RangeView> {
+        self.1.lock().get(&ctx.0).cloned()
     }
 }
 

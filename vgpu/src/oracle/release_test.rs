@@ -62,6 +62,9 @@ impl Inspect for Racer {
         }
         Some(self.1)
     }
+    fn range(&self, _: Handle, _: (u64, u64), _: bool, _: usize) -> Option<RangeView> {
+        None
+    }
 }
 
 #[test]

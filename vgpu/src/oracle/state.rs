@@ -3,14 +3,16 @@
 //!
 //! Pure: it is told events and hands out [`Finding`]s and lists of contexts to look at. It never calls anybody.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use vgpu_spec::handle::{Handle, Kind};
 use vgpu_spec::pte;
 
 use super::Rule;
+use super::doubt::Doubts;
 use super::event::DeviceEvent;
+use super::range::Range;
 use super::trace::leaf_last;
 
 /// Address spaces, contexts or faults remembered at most; a guest that reports more loses the oldest.
@@ -101,6 +103,7 @@ pub(super) struct Context {
     pub(super) unnotified: bool,
     /// Replays of faults raised after release, by page.
     pub(super) replays: BTreeMap<u64, u32>,
+    pub(super) doubts: Doubts,
 }
 
 #[derive(Default)]
@@ -113,6 +116,14 @@ pub(super) struct Mm {
     pub(super) notifiers: i64,
     /// Some insertion was seen, and no removal without one.
     pub(super) counted: bool,
+    /// Address of the top page table, or 0.
+    pub(super) root: u64,
+    /// Invalidations that have started, and had not ended when last looked at.
+    pub(super) active: Vec<Range>,
+    /// Where the driver has moved pages by itself.
+    pub(super) migrations: VecDeque<(u64, u64)>,
+    /// Soft-dirty bits have been cleared.
+    pub(super) soft_dirty: bool,
 }
 
 pub(super) struct Fault {
@@ -151,6 +162,8 @@ pub(super) struct State {
     pub(super) hellos: u64,
     /// Contexts that a reset took away before anybody unregistered them.
     pub(super) contexts_lost: u64,
+    /// Invalidations reported.
+    pub(super) ranges: u64,
 }
 
 impl State {
@@ -176,6 +189,7 @@ impl State {
             stale_answers: 0,
             hellos: 0,
             contexts_lost: 0,
+            ranges: 0,
         }
     }
 
@@ -292,6 +306,7 @@ impl State {
             after: After::Alive,
             unnotified: false,
             replays: BTreeMap::new(),
+            doubts: Doubts::default(),
         };
         self.contexts.insert(ctx.0, fresh);
         self.bound += 1;

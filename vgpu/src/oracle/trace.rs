@@ -10,6 +10,7 @@ use vgpu_spec::handle::Handle;
 use vgpu_spec::{job, pte, witness};
 
 use super::event::DeviceEvent;
+use super::range::Range;
 
 /// Entries kept.
 const ENTRIES: usize = 64 * 1024;
@@ -106,7 +107,13 @@ pub(super) fn leaf_last(va: u64, entry: u64) -> u64 {
 fn concerns(what: &What, ctx: Option<Handle>, mm: Option<u64>, va: Option<u64>) -> bool {
     use DeviceEvent as E;
     let event = match what {
-        What::Witness(record) => return mm == Some(record.mm) || ctx.is_none() && mm.is_none(),
+        What::Witness(record) => {
+            let place = match record.kind {
+                witness::RANGE_START | witness::RANGE_END => on_page(va, record.arg[0], record.arg[1]),
+                _ => true,
+            };
+            return (mm == Some(record.mm) || ctx.is_none() && mm.is_none()) && place;
+        }
         What::Access { ctx: of, va: at, .. } => return ctx.is_none_or(|c| c == *of) && on_page(va, *at, *at),
         What::Device(event) => event,
     };
@@ -220,6 +227,15 @@ fn witness(out: &mut String, record: &witness::Record) -> std::fmt::Result {
         witness::NOTIFIER_ADDED => write!(out, "address space {mm} gets a {} notifier", kind(arg)),
         witness::NOTIFIER_REMOVED => write!(out, "address space {mm} loses a {} notifier", kind(arg)),
         witness::BYE => write!(out, "unloaded"),
+        witness::RANGE_SLOTS => write!(out, "reports invalidations"),
+        witness::RANGE_START => match Range::read(record) {
+            Some(range) => write!(out, "start of {range} has returned for address space {mm}"),
+            None => write!(out, "invalidation that makes no sense"),
+        },
+        witness::RANGE_END => match Range::read(record) {
+            Some(range) => write!(out, "end of {range} is entered for address space {mm}"),
+            None => write!(out, "invalidation that makes no sense"),
+        },
         witness::CPU_FORMAT => write!(out, "{} levels of page tables", arg & 0xff),
         other => write!(out, "record {other}"),
     }?;

@@ -91,6 +91,10 @@ pub struct OracleCounters {
     pub witness_starts: u64,
     /// Contexts that were live when the function was reset: what became of them was not judged.
     pub contexts_lost: u64,
+    /// Starts of invalidations after which the device was looked at.
+    pub ranges_judged: u64,
+    /// Steps of engines, and leaves set, that were held against the CPU's page tables.
+    pub steps_compared: u64,
     /// Events, of device and witness.
     pub events: u64,
     /// Violations not kept, the list being full.

@@ -197,6 +197,10 @@ pub struct Counters {
     pub witness_starts: u64,
     /// Contexts that a reset of the function took away.
     pub contexts_lost: u64,
+    /// Starts of invalidations after which the device was looked at.
+    pub ranges_judged: u64,
+    /// Steps of engines, and leaves set, that were held against the CPU's page tables.
+    pub steps_compared: u64,
     /// Events that oracle and device and witness exchanged.
     pub events: u64,
 }

@@ -42,6 +42,8 @@ impl Device {
             .map_err(|error| Failure::environment(format!("cannot make the device: {error}")))?;
         let inspect: Arc<dyn Inspect> = gpu.clone();
         oracle.attach(Arc::downgrade(&inspect));
+        // Without an IOMMU in the guest a bus address is a physical one, for all functions.
+        oracle.attach_memory(Arc::clone(&witness_memory));
         let witness = Witness::new(Arc::clone(&witness_memory), Arc::clone(&oracle), sink);
         Ok(Self {
             gpu,
@@ -103,6 +105,8 @@ impl Device {
             bad_records: oracle.bad_records.saturating_add(oracle.bad_associations),
             witness_starts: oracle.witness_starts,
             contexts_lost: oracle.contexts_lost,
+            ranges_judged: oracle.ranges_judged,
+            steps_compared: oracle.steps_compared,
             events: oracle.events,
         }
     }

@@ -99,6 +99,8 @@ fn checked(text: &mut String, results: &Results) {
             ),
         ),
         (c.invalidations, "invalidations of ranges the device had mapped".to_owned()),
+        (c.ranges_judged, "invalidations judged when their start had returned".to_owned()),
+        (c.steps_compared, "steps and leaves held against the CPU's page tables".to_owned()),
         (c.faults, "device page faults".to_owned()),
         (c.contexts, format!("contexts bound, {} unregistered", group(c.unregisters))),
         (c.address_spaces, format!("address spaces mirrored, {} released", group(c.releases))),

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Translations that look wrong and may be right, until time tells.
+//!
+//! Some paths of the kernel make an entry none for a moment and tell nobody: khugepaged's collapse of a part of a PMD, uprobes,
+//! DAMON on hugetlb, MADV_COLD before 2024. They have the entry back within microseconds of their own time. So a translation to
+//! a page that the CPU does not have is wrong if it is still there, and the page still not, after some guest heartbeats.
+
+use vgpu_spec::handle::Handle;
+use vgpu_spec::pte;
+
+use super::mirror::{Mirrors, Mismatch, Verdict};
+use super::range::Live;
+use super::state::{After, Finding, State};
+use super::trace::leaf_last;
+use super::{Rule, state};
+use crate::cpu::Page;
+
+/// Doubts of one context kept at most.
+const MOST: usize = 64;
+/// Heartbeats for which the CPU must have had nothing.
+const ABSENT_BEATS: u32 = 3;
+/// Heartbeats for which a translation that nobody uses may outlive an invalidation.
+const STALE_BEATS: u32 = 10;
+
+/// Why a translation is in doubt.
+#[derive(Clone, Debug)]
+pub(super) enum Cause {
+    /// An invalidation's start has returned with it still there, and nobody uses it. With what is to be reported then.
+    Stale(Finding),
+    /// The CPU has nothing there.
+    Absent,
+}
+
+/// A translation in doubt.
+#[derive(Clone, Debug)]
+pub(super) struct Doubt {
+    pub(super) va: u64,
+    pub(super) leaf: u64,
+    pub(super) cause: Cause,
+    /// Heartbeats that it has lasted.
+    pub(super) beats: u32,
+}
+
+/// A context's.
+#[derive(Debug, Default)]
+pub(super) struct Doubts(Vec<Doubt>);
+
+impl Doubts {
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+    pub(super) fn add(&mut self, doubt: Doubt) {
+        let same = |other: &Doubt| {
+            other.va >> pte::PAGE_SHIFT == doubt.va >> pte::PAGE_SHIFT
+                && other.leaf == doubt.leaf
+                && matches!(
+                    (&other.cause, &doubt.cause),
+                    (Cause::Absent, Cause::Absent) | (Cause::Stale(_), Cause::Stale(_))
+                )
+        };
+        if self.0.len() < MOST && !self.0.iter().any(same) {
+            self.0.push(doubt);
+        }
+    }
+    /// A new leaf stands there.
+    pub(super) fn forget(&mut self, va: u64, last: u64) {
+        self.0.retain(|doubt| doubt.va > last || leaf_last(doubt.va, doubt.leaf) < va);
+    }
+    /// The report of a translation that outlived an invalidation.
+    fn stale(&self, va: u64, leaf: u64) -> Option<&Finding> {
+        self.0.iter().find_map(|doubt| match &doubt.cause {
+            Cause::Stale(finding)
+                if doubt.leaf == leaf && doubt.va <= va && va <= leaf_last(doubt.va, leaf) =>
+            {
+                Some(finding)
+            }
+            _ => None,
+        })
+    }
+}
+
+/// What a look at a doubt has shown.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Outcome {
+    /// It is settled: translation and page agree, or the translation is gone.
+    Settled,
+    /// Nothing has changed.
+    Lasting,
+    /// The CPU has another page there, or less rights.
+    Wrong(Rule, Page),
+}
+
+fn verb(access: u32) -> &'static str {
+    use vgpu_spec::fault::{ACCESS_ATOMIC, ACCESS_WRITE};
+    match (access & ACCESS_ATOMIC != 0, access & ACCESS_WRITE != 0) {
+        (true, _) => "updates atomically",
+        (_, true) => "writes",
+        _ => "reads",
+    }
+}
+
+impl State {
+    /// A translation and the CPU's tables, when they stood still, did not agree.
+    pub(super) fn mismatch(
+        &mut self,
+        m: &Mismatch,
+        live: Live<'_>,
+        mirrors: &Mirrors,
+        found: &mut Vec<Finding>,
+    ) {
+        let Some(context) = self.contexts.get(&m.ctx.0) else { return };
+        // The ends of address spaces have rules of their own; and their tables may have been freed while we walked.
+        let judged = matches!(context.after, After::Alive) && !context.released && !context.unnotified;
+        let Some(id) = context.mm.filter(|_| judged) else { return };
+        let stale = context.doubts.stale(m.va, m.leaf).filter(|_| !m.unused).cloned();
+        let Some(mm) = self.mms.get_mut(&id).filter(|mm| !mm.released) else { return };
+        if let Some(mut finding) = stale {
+            finding.summary += "; and now it is used";
+            found.push(finding);
+            return;
+        }
+        mm.prune(live);
+        let writes = m.access & !vgpu_spec::fault::ACCESS_READ != 0;
+        let vram = m.leaf & pte::VRAM != 0;
+        match m.verdict {
+            Verdict::Good => {}
+            Verdict::Wrong(Rule::MirrorExcessRights) => {
+                if !mm.changing_rights(m.va) && !self.excused(id, m.va, &m.page) {
+                    found.push(self.wrong(id, m, Rule::MirrorExcessRights));
+                }
+            }
+            Verdict::Wrong(rule) => found.push(self.wrong(id, m, rule)),
+            // The driver moves the page itself: where it goes may be mapped already, where it was may be read until it is there.
+            Verdict::Moving if mm.moved_by_owner(m.va) => {
+                if writes && !vram && m.page.frame == pte::leaf_address(m.leaf, m.va) & pte::ADDRESS {
+                    found.push(self.wrong(id, m, Rule::MirrorExcessRights));
+                }
+            }
+            Verdict::Moving if vram => {}
+            Verdict::Moving | Verdict::Absent => self.doubt(m, mirrors),
+        }
+    }
+
+    fn doubt(&mut self, m: &Mismatch, mirrors: &Mirrors) {
+        let Some(context) = self.contexts.get_mut(&m.ctx.0) else { return };
+        context.doubts.add(Doubt { va: m.va, leaf: m.leaf, cause: Cause::Absent, beats: 0 });
+        mirrors.attend(m.ctx, true);
+    }
+
+    fn wrong(&self, id: u64, m: &Mismatch, rule: Rule) -> Finding {
+        let (ctx, va) = (m.ctx, m.va);
+        let mm = self.mm_name(Some(id));
+        let frame = pte::leaf_address(m.leaf, va) & pte::ADDRESS;
+        let memory = if m.leaf & pte::VRAM != 0 { "VRAM " } else { "" };
+        let who = if m.unused {
+            format!("for {ctx} a leaf was set at {va:#x} that leads to {memory}{frame:#x}")
+        } else {
+            format!("{ctx} {} {va:#x} at {memory}{frame:#x}", verb(m.access))
+        };
+        let cpu = match rule {
+            Rule::MirrorExcessRights => format!("the CPU has no such right (entry {:#x})", m.page.raw),
+            Rule::MirrorAtomic => "that page is not taken for the device's atomics alone".to_owned(),
+            _ => format!("the CPU has {:#x} (entry {:#x}, {:?})", m.page.frame, m.page.raw, m.page.kind),
+        };
+        Finding {
+            rule,
+            ctx: Some(ctx),
+            mm: Some(id),
+            va: Some(va),
+            frame: Some(frame),
+            summary: format!("{who}, but in {mm} {cpu}"),
+        }
+    }
+
+    /// Doubts to look at, at a heartbeat.
+    pub(super) fn doubts(&self) -> Vec<(Handle, Doubt)> {
+        let of = |(&handle, context): (&u64, &state::Context)| {
+            context.doubts.0.iter().map(|doubt| (Handle(handle), doubt.clone())).collect::<Vec<_>>()
+        };
+        self.contexts.iter().filter(|(_, context)| !context.doubts.is_empty()).flat_map(of).collect()
+    }
+
+    /// A doubt was looked at.
+    pub(super) fn doubted(&mut self, ctx: Handle, doubt: &Doubt, outcome: Outcome, found: &mut Vec<Finding>) {
+        let Some(context) = self.contexts.get_mut(&ctx.0) else { return };
+        let mm = context.mm.and_then(|id| Some((id, self.mms.get(&id)?)));
+        let Some((id, _)) = mm.filter(|(_, mm)| !mm.released) else {
+            context.doubts.0.clear();
+            return;
+        };
+        let judged = matches!(context.after, After::Alive) && !context.released && !context.unnotified;
+        let place =
+            context.doubts.0.iter().position(|other| {
+                other.va == doubt.va && other.leaf == doubt.leaf && other.beats == doubt.beats
+            });
+        // A leaf was set anew meanwhile.
+        let Some(place) = place else { return };
+        if !judged || matches!(outcome, Outcome::Settled) {
+            context.doubts.0.swap_remove(place);
+            return;
+        }
+        let kept = &mut context.doubts.0[place];
+        kept.beats += 1;
+        let beats = kept.beats;
+        let finding = match (&kept.cause, outcome) {
+            (Cause::Stale(finding), _) if beats >= STALE_BEATS => Some(finding.clone()),
+            (Cause::Absent, Outcome::Lasting) if beats >= ABSENT_BEATS => None,
+            (Cause::Absent, Outcome::Wrong(..)) => None,
+            _ => return,
+        };
+        context.doubts.0.swap_remove(place);
+        found.push(finding.unwrap_or_else(|| {
+            let (va, leaf) = (doubt.va, doubt.leaf);
+            let frame = pte::leaf_address(leaf, va) & pte::ADDRESS;
+            let (rule, cpu) = match outcome {
+                Outcome::Wrong(rule, page) => {
+                    (rule, format!("has {:#x} there (entry {:#x})", page.frame, page.raw))
+                }
+                _ => (Rule::MirrorWrongPage, format!("has had nothing there for {beats} heartbeats")),
+            };
+            let mm = self.mm_name(Some(id));
+            let summary = format!("{ctx} translates {va:#x} to {frame:#x}, but in {mm} the CPU {cpu}");
+            Finding { rule, ctx: Some(ctx), mm: Some(id), va: Some(va), frame: Some(frame), summary }
+        }));
+    }
+}
