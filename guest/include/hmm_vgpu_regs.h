@@ -112,6 +112,8 @@
 #define WITNESS_REQUEST_BLOCKED_TASKS 0x1
 #define WITNESS_REQUEST_ALL_CPUS 0x2
 #define WITNESS_REQUEST_PANIC 0x4
+#define WITNESS_QUESTION_WORDS 0x20
+#define WITNESS_QUESTIONS_MOST 0xa
 #define WITNESS_MAX_MESSAGE 0x10000
 
 /* Commands */
@@ -263,8 +265,10 @@
 #define WITNESS_REC_RANGE_START 0x14
 /* The end of an invalidation has been entered, of event PROTECTION_VMA only: arguments as in RANGE_START. */
 #define WITNESS_REC_RANGE_END 0x15
-/* Where it stands whether an invalidation has come to its end: arg0 bus address of an array of u64, arg1 how many. An invalidation's slot holds its number until its end is entered. */
+/* Where it stands whether an invalidation has come to its end: arg0 bus address of an array of u64, arg1 how many, arg2 bus address of as many questions of QUESTION_WORDS u64 each. An invalidation's slot holds its number until its end is entered. While a RANGE_START is judged the host may write questions to its slot's place: how many, then for each an address, the page's physical address, a context's handle. */
 #define WITNESS_REC_RANGE_SLOTS 0x16
+/* Answer to a question: arg0 address, arg1 physical address, arg2 context's handle, as in the question, arg3 the invalidation's number. The page is not dirty, and dropping it loses what is in it. */
+#define WITNESS_REC_PAGE_CLEAN 0x17
 
 /* Invalidations in witness records */
 /* Event: addresses are unmapped. The numbers are the kernel's enum mmu_notifier_event. */

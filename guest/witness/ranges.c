@@ -17,7 +17,11 @@
 #include <linux/dma-mapping.h>
 #include <linux/hashtable.h>
 #include <linux/list.h>
+#include <linux/memremap.h>
+#include <linux/mm.h>
 #include <linux/mmu_notifier.h>
+#include <linux/page-flags.h>
+#include <linux/pagemap.h>
 #include <linux/pci.h>
 #include <linux/slab.h>
 #include <linux/spinlock.h>
@@ -47,6 +51,9 @@ static struct live_range *entries;
 /* Read by the host. */
 static __le64 *slots;
 static dma_addr_t slots_dma;
+/* Written by the host, while a start is judged. */
+static __le64 (*questions)[WITNESS_QUESTION_WORDS];
+static dma_addr_t questions_dma;
 static u64 last_number;
 /* For want of an entry. */
 static u64 missed;
@@ -120,7 +127,18 @@ int ranges_open(struct pci_dev *pdev)
 		entries = NULL;
 		return -ENOMEM;
 	}
+	questions = dma_alloc_coherent(&pdev->dev,
+				       MAX_RANGES * sizeof(*questions),
+				       &questions_dma, GFP_KERNEL);
+	if (!questions) {
+		dma_free_coherent(&pdev->dev, MAX_RANGES * sizeof(*slots),
+				  slots, slots_dma);
+		kvfree(entries);
+		entries = NULL;
+		return -ENOMEM;
+	}
 	memset(slots, 0, MAX_RANGES * sizeof(*slots));
+	memset(questions, 0, MAX_RANGES * sizeof(*questions));
 	hash_init(under_way);
 	INIT_HLIST_HEAD(&unused);
 	for (i = 0; i < MAX_RANGES; i++)
@@ -133,7 +151,8 @@ int ranges_open(struct pci_dev *pdev)
  */
 void ranges_tell(void)
 {
-	witness_report(WITNESS_REC_RANGE_SLOTS, 0, slots_dma, MAX_RANGES, 0, 0);
+	witness_report(WITNESS_REC_RANGE_SLOTS, 0, slots_dma, MAX_RANGES,
+		       questions_dma, 0);
 }
 
 /**
@@ -144,11 +163,52 @@ void ranges_tell(void)
  */
 void ranges_close(struct pci_dev *pdev)
 {
+	dma_free_coherent(&pdev->dev, MAX_RANGES * sizeof(*questions), questions,
+			  questions_dma);
 	dma_free_coherent(&pdev->dev, MAX_RANGES * sizeof(*slots), slots,
 			  slots_dma);
 	kvfree(entries);
+	questions = NULL;
 	slots = NULL;
 	entries = NULL;
+}
+
+/*
+ * Whether what is in a page is lost when it is dropped as it is. The CPU's entry is
+ * not dirty, the host has seen that.
+ *
+ * An anonymous page goes with its last mapping, and nobody wants it back; but who
+ * reclaims it drops it only if it is clean, and holds its lock. What a driver has
+ * to say of the others it has to say in all cases.
+ */
+static bool page_would_be_lost(struct page *page)
+{
+	struct folio *folio = page_folio(page);
+
+	if (folio_test_dirty(folio) || folio_test_hugetlb(folio) ||
+	    is_zone_device_page(page))
+		return false;
+	if (folio_test_anon(folio))
+		return folio_test_locked(folio);
+	return folio_mapping(folio);
+}
+
+/* The pages are still mapped: the caller is about to change that. */
+static void answer(u64 id, u32 slot, u64 number)
+{
+	const __le64 *word = questions[slot];
+	u64 count = min_t(u64, le64_to_cpu(READ_ONCE(*word++)),
+			  WITNESS_QUESTIONS_MOST);
+
+	for (; count; count--, word += 3) {
+		u64 frame = le64_to_cpu(word[1]);
+
+		if (pfn_valid(PHYS_PFN(frame)) &&
+		    page_would_be_lost(pfn_to_page(PHYS_PFN(frame))))
+			witness_report(WITNESS_REC_PAGE_CLEAN, id,
+				       le64_to_cpu(word[0]), frame,
+				       le64_to_cpu(word[2]), number);
+	}
 }
 
 /**
@@ -177,10 +237,12 @@ void range_started(u64 id, const struct mmu_notifier_range *range)
 	number = ++last_number;
 	hash_add(under_way, &live->node, (unsigned long)range);
 	WRITE_ONCE(slots[slot], cpu_to_le64(number));
+	WRITE_ONCE(questions[slot][0], 0);
 	raw_spin_unlock_irqrestore(&ranges_lock, flags);
 
 	/* Not under the lock: the others' reports need not wait for this one. */
 	report(WITNESS_REC_RANGE_START, id, range, slot, number);
+	answer(id, slot, number);
 }
 
 /**

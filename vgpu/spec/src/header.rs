@@ -52,6 +52,8 @@ pub fn c_header() -> String {
         ("REQUEST_BLOCKED_TASKS", u64::from(witness::REQUEST_BLOCKED_TASKS)),
         ("REQUEST_ALL_CPUS", u64::from(witness::REQUEST_ALL_CPUS)),
         ("REQUEST_PANIC", u64::from(witness::REQUEST_PANIC)),
+        ("QUESTION_WORDS", records::QUESTION_WORDS),
+        ("QUESTIONS_MOST", records::QUESTIONS_MOST as u64),
         ("MAX_MESSAGE", records::MAX_MESSAGE),
     ] {
         let _ = writeln!(out, "#define WITNESS_{name} {value:#x}");

@@ -31,6 +31,11 @@ pub const RECORD_BYTES: usize = size_of::<Record>();
 /// Longest message in bytes.
 pub const MAX_MESSAGE: u64 = 64 * 1024;
 
+/// Words of the questions about one invalidation: their number, then three each.
+pub const QUESTION_WORDS: u64 = 32;
+/// Questions about one invalidation at most.
+pub const QUESTIONS_MOST: usize = 10;
+
 crate::constants! {
     /// The module is loaded: arg0 its interface version, arg1 LINUX_VERSION_CODE, arg2 number of CPUs, arg3 1 = fprobe, 2 = kretprobe.
     HELLO: u32 = 1;
@@ -62,8 +67,10 @@ crate::constants! {
     RANGE_START: u32 = 20;
     /// The end of an invalidation has been entered, of event PROTECTION_VMA only: arguments as in RANGE_START.
     RANGE_END: u32 = 21;
-    /// Where it stands whether an invalidation has come to its end: arg0 bus address of an array of u64, arg1 how many. An invalidation's slot holds its number until its end is entered.
+    /// Where it stands whether an invalidation has come to its end: arg0 bus address of an array of u64, arg1 how many, arg2 bus address of as many questions of QUESTION_WORDS u64 each. An invalidation's slot holds its number until its end is entered. While a RANGE_START is judged the host may write questions to its slot's place: how many, then for each an address, the page's physical address, a context's handle.
     RANGE_SLOTS: u32 = 22;
+    /// Answer to a question: arg0 address, arg1 physical address, arg2 context's handle, as in the question, arg3 the invalidation's number. The page is not dirty, and dropping it loses what is in it.
+    PAGE_CLEAN: u32 = 23;
 }
 
 /// How x86-64 writes an entry that is not present and not zero, by `arch/x86/include/asm/pgtable_64.h` of 6.1, 6.12 and 7.3,

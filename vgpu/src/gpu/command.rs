@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{Ordering::SeqCst, fence};
 
 use parking_lot::MutexGuard;
-use vgpu_spec::command::{COMMAND_BYTES, Command, STATUS_OK};
+use vgpu_spec::command::{COMMAND_BYTES, Command, OP_INVALIDATE, STATUS_OK};
 use vgpu_spec::handle::Handle;
 use vgpu_spec::regs::gpu::{CMD_DONE_LO, CMD_HEAD, CMD_TAIL, ERROR_CMD_RING, VECTOR_EVENT};
 
@@ -145,6 +145,7 @@ impl Device {
     pub(crate) fn command_thread(&self) {
         self.signal.attach();
         while !self.stop.load(SeqCst) {
+            self.jitter.before_commands();
             if !self.run_commands() {
                 self.signal.wait();
             }
@@ -199,6 +200,9 @@ impl Device {
             core.pending.push_back(Pending { slot: Some(slot), outcome });
             if core.pending.front().is_some_and(|first| first.outcome.drain.is_none()) {
                 self.progress(core);
+            }
+            if command.op == OP_INVALIDATE && core.head != tail {
+                MutexGuard::unlocked(core, || self.jitter.after_an_invalidation());
             }
             MutexGuard::bump(core);
         }

@@ -20,6 +20,7 @@ use super::counters::{DeviceCounters, EngineCounters, GpuCounters, count};
 use super::fault::{Buffer, Faults};
 use super::inflight::InFlight;
 use super::irq::Interrupts;
+use super::jitter::Jitter;
 use super::pages::Pages;
 use super::queue::{self, Queue};
 use super::registers::Registers;
@@ -87,6 +88,7 @@ pub(crate) struct Device {
     pub(crate) core: Mutex<Core>,
     pub(crate) ring_request: Mutex<Option<RingRequest>>,
     pub(crate) signal: Signal,
+    pub(crate) jitter: Jitter,
     /// A command waits for engines: they tell when a step or a queue's end is over.
     pub(crate) draining: AtomicBool,
     pub(crate) stop: AtomicBool,
@@ -137,6 +139,7 @@ impl Device {
             core: Mutex::new(Core::default()),
             ring_request: Mutex::new(None),
             signal: Signal::default(),
+            jitter: Jitter::new(config.jitter),
             draining: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         }
@@ -275,6 +278,7 @@ impl Device {
             core: _,
             ring_request,
             signal: _,
+            jitter: _,
             draining,
             stop: _,
         } = self;

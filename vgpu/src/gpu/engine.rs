@@ -65,6 +65,9 @@ pub(crate) struct Published<'d> {
 
 impl Drop for Published<'_> {
     fn drop(&mut self) {
+        if self.device.draining.load(SeqCst) {
+            self.device.jitter.before_a_step_ends();
+        }
         self.side.in_flight.clear();
         self.device.wake_drains();
     }

@@ -152,6 +152,9 @@ impl Engine<'_> {
             for (leaf, operand) in leaves.into_iter().zip(operands) {
                 if let Some((va, access)) = operand {
                     compare.range(va, bytes, leaf, access);
+                    if access & ACCESS_WRITE != 0 {
+                        self.side.tlbs[ctx.index() as usize].lock().wrote(va, leaf);
+                    }
                 }
             }
         }
@@ -262,6 +265,10 @@ impl Engine<'_> {
         if let Some(compare) = &compare {
             for &(va, raw) in self.checked.pages() {
                 compare.page(va, raw, access);
+            }
+            if access & ACCESS_WRITE != 0 {
+                let mut tlb = self.side.tlbs[ctx.index() as usize].lock();
+                self.checked.pages().iter().for_each(|&(va, raw)| tlb.wrote(va, raw));
             }
         }
         drop(published);

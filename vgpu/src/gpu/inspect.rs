@@ -87,6 +87,19 @@ impl Device {
         Some(view)
     }
 
+    /// Addresses of pages of a context in a range that were written since this was asked last, `most` of them.
+    pub(crate) fn take_written(&self, ctx: Handle, (start, last): (u64, u64), most: usize) -> Vec<u64> {
+        let mut taken = Vec::new();
+        let live =
+            self.contexts.get(ctx.index() as usize).is_some_and(|context| context.state_of(ctx).is_some());
+        if live {
+            for engine in &self.engines {
+                engine.tlbs[ctx.index() as usize].lock().take_written(start, last, most, &mut taken);
+            }
+        }
+        taken
+    }
+
     /// Whether the context has a job at work or waiting.
     fn is_busy(&self, ctx: Handle) -> bool {
         self.queues.iter().filter(|queue| queue.ctx() == ctx).any(|queue| match queue.run.try_lock() {

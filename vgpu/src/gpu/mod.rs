@@ -33,6 +33,7 @@ mod fault;
 mod inflight;
 mod inspect;
 mod irq;
+mod jitter;
 mod ops;
 mod pages;
 mod queue;
@@ -79,6 +80,9 @@ pub struct GpuConfig {
     pub msix: bool,
     /// Translations of each size that an engine keeps per context; `None` is all of them until told otherwise (2^18, in fact).
     pub tlb_entries: Option<usize>,
+    /// Seed of moments in which the device takes its time, so that drivers that do not wait for it are found out; `None` for a
+    /// device that is as fast as it can be.
+    pub jitter: Option<u64>,
 }
 
 impl Default for GpuConfig {
@@ -91,6 +95,7 @@ impl Default for GpuConfig {
             vram_bytes: 16 << 20,
             msix: true,
             tlb_entries: None,
+            jitter: None,
         }
     }
 }
@@ -219,6 +224,9 @@ impl Drop for Gpu {
 impl Inspect for Gpu {
     fn range(&self, ctx: Handle, range: (u64, u64), write_only: bool, most: usize) -> Option<RangeView> {
         self.device.range_view(ctx, range, write_only, most)
+    }
+    fn take_written(&self, ctx: Handle, range: (u64, u64), most: usize) -> Vec<u64> {
+        self.device.take_written(ctx, range, most)
     }
     fn context(&self, ctx: Handle) -> Option<ContextView> {
         self.device.view(ctx)

@@ -68,6 +68,9 @@ impl Device {
         for context in &self.contexts {
             if let Some(ctx) = context.bind() {
                 count(&self.counters.contexts, 1);
+                for engine in &self.engines {
+                    engine.tlbs[ctx.index() as usize].lock().forget_written();
+                }
                 self.oracle.event(DeviceEvent::ContextBound { ctx, tag });
                 return Ok(Outcome::ok(ctx.0));
             }

@@ -5,7 +5,7 @@
 //! to tell it is found out. In front of it, private to the engine's thread, [`Micro`] keeps a few translations of one context;
 //! it is thrown away when the context's invalidation sequence has moved.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -17,6 +17,9 @@ use vgpu_spec::pte::{self, HUGE_SHIFT, PAGE_SHIFT, leaf_shift};
 /// invalidates must not use up the host's memory. 1 GiB in 4 KiB leaves.
 const ENTRIES_MAX: usize = 1 << 18;
 
+/// Written pages remembered in one TLB.
+const WRITTEN_MAX: usize = 1 << 14;
+
 /// Mixes page numbers, which differ in their low bits. The keys come from the driver, but a chosen collision only slows the
 /// context of the one who chose it.
 #[derive(Default)]
@@ -27,6 +30,9 @@ impl Hasher for PageHasher {
         for &byte in bytes {
             self.write_u64(u64::from(byte));
         }
+    }
+    fn write_u32(&mut self, n: u32) {
+        self.write_u64(n.into());
     }
     fn write_u64(&mut self, n: u64) {
         let mixed = (self.0 ^ n).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -45,6 +51,8 @@ type Entries = HashMap<u64, u64, PageHash>;
 pub(crate) struct Tlb {
     small: Entries,
     huge: Entries,
+    /// Pages that the engine has written, for the oracle: page number and log2 of the leaf's size. No translation.
+    written: HashSet<(u64, u32), PageHash>,
 }
 
 impl Tlb {
@@ -109,6 +117,32 @@ impl Tlb {
                 }
             }
         }
+    }
+
+    /// Remembers that the page of `va`, which `raw` leads to, is being written; only so many.
+    #[inline]
+    pub(crate) fn wrote(&mut self, va: u64, raw: u64) {
+        let shift = leaf_shift(raw);
+        if self.written.len() < WRITTEN_MAX {
+            self.written.insert((va >> shift, shift));
+        }
+    }
+
+    /// Takes out addresses of pages written that touch `[start, last]`, `most` of them.
+    pub(crate) fn take_written(&mut self, start: u64, last: u64, most: usize, taken: &mut Vec<u64>) {
+        self.written.retain(|&(page, shift)| {
+            let first = page << shift;
+            let inside = first <= last && start <= first | ((1 << shift) - 1);
+            if inside && taken.len() < most {
+                taken.push(first.max(start & !0xfff));
+            }
+            !inside
+        });
+    }
+
+    /// The context is another's now.
+    pub(crate) fn forget_written(&mut self) {
+        self.written.clear();
     }
 
     pub(crate) fn len(&self) -> u64 {
@@ -217,6 +251,19 @@ mod tests {
         assert_eq!(touching(&tlb, 0x5800, 0x7000), [0x5000, 0x6000, 0x7000]);
         assert_eq!(touching(&tlb, 0x6_2000, (4 << 21) + 5), [0x6_2000, 0x6_3000, 4 << 21]);
         assert_eq!(touching(&tlb, 0, u64::MAX).len(), 101);
+        tlb.wrote(0x5008, VALID | 0x5000);
+        tlb.wrote(0x9008, VALID | 0x9000);
+        tlb.wrote((4 << 21) + 0x5008, VALID | HUGE | 2 << 21);
+        let written = |tlb: &mut Tlb, start, last| {
+            let mut taken = vec![];
+            tlb.take_written(start, last, 9, &mut taken);
+            taken
+        };
+        assert_eq!(written(&mut tlb, 0x5fff, 0x8fff), [0x5000]);
+        assert!(written(&mut tlb, 0x5000, 0x5fff).is_empty());
+        assert_eq!(written(&mut tlb, (4 << 21) + 0x7000, u64::MAX), [(4 << 21) + 0x7000]);
+        tlb.forget_written();
+        assert!(written(&mut tlb, 0, u64::MAX).is_empty());
         assert_eq!(tlb.invalidate(0x5800, 0x7000), 3);
         assert_eq!(tlb.lookup(0x4fff), Some(VALID | 0x4000));
         assert_eq!(tlb.lookup(0x5000), None);

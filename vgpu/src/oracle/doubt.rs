@@ -125,7 +125,7 @@ impl State {
         match m.verdict {
             Verdict::Good => {}
             Verdict::Wrong(Rule::MirrorExcessRights) => {
-                if !mm.changing_rights(m.va) && !self.excused(id, m.va, &m.page) {
+                if !mm.changing_rights(m.va) && !self.excused(id, &m.page) {
                     found.push(self.wrong(id, m, Rule::MirrorExcessRights));
                 }
             }

@@ -240,4 +240,8 @@ pub trait Inspect: Send + Sync {
     /// A context's translations that touch `[range.0, range.1]`, only such that allow writes if `write_only`, of each sort at
     /// most `most`; `None` if the handle is not live.
     fn range(&self, ctx: Handle, range: (u64, u64), write_only: bool, most: usize) -> Option<RangeView>;
+
+    /// Addresses of pages of a context in `[range.0, range.1]` that the device has written since it was asked last, at most
+    /// `most` (those beyond are forgotten as well). Only steps that were compared ([`super::Oracle::compare`]) count.
+    fn take_written(&self, ctx: Handle, range: (u64, u64), most: usize) -> Vec<u64>;
 }

@@ -22,6 +22,8 @@ mod model_test;
 #[cfg(test)]
 mod oracle_test;
 #[cfg(test)]
+mod range_test;
+#[cfg(test)]
 mod release_test;
 
 pub use event::{ContextView, DeviceEvent, Inspect, Leak, RangeView};
@@ -86,6 +88,14 @@ const LOOKED_AT: usize = 1024;
 /// What makes two violations the same one: rule and context, and for those reported from outside the sentence as well.
 type Key = (Rule, Option<u64>, Option<String>);
 
+/// What RANGE_SLOTS says: bus addresses, and how many there are.
+#[derive(Clone, Copy, Default)]
+struct Slots {
+    base: u64,
+    count: u64,
+    questions: u64,
+}
+
 #[derive(Default)]
 struct Kept {
     list: Vec<Violation>,
@@ -117,8 +127,8 @@ pub struct Oracle {
     memory: OnceLock<Arc<SystemMemory>>,
     /// How the guest's kernel writes its page tables, once it is known.
     format: ArcSwapOption<Format>,
-    /// Bus address and number of the slots that show whether an invalidation has ended.
-    slots: Mutex<(u64, u64)>,
+    /// Where it shows whether an invalidation has ended, and where questions about it go.
+    slots: Mutex<Slots>,
     /// Steps held against the CPU's tables.
     compared: AtomicU64,
     trace: Trace,
@@ -210,7 +220,7 @@ impl Oracle {
 
     /// Calls `with` with a function that says whether an invalidation has not ended.
     fn with_live(&self, with: impl FnOnce(range::Live<'_>)) {
-        let (base, count) = *self.slots.lock();
+        let Slots { base, count, .. } = *self.slots.lock();
         let snapshot = self.memory.get().map(|memory| memory.snapshot());
         with(&|slot, number| {
             let slot = u64::from(slot);
@@ -255,14 +265,18 @@ impl Oracle {
             witness::HELLO => {
                 self.mirrors.clear_all();
                 self.format.store(None);
-                *self.slots.lock() = (0, 0);
+                *self.slots.lock() = Slots::default();
                 self.state.lock().hello();
             }
             witness::CPU_FORMAT => match Format::from_record(record.arg) {
                 Some(format) => self.format.store(Some(Arc::new(format))),
                 None => self.bad_record(),
             },
-            witness::RANGE_SLOTS => *self.slots.lock() = (record.arg[0], record.arg[1]),
+            witness::RANGE_SLOTS => {
+                let [base, count, questions, _] = record.arg;
+                *self.slots.lock() = Slots { base, count, questions };
+            }
+            witness::PAGE_CLEAN => self.page_clean(record),
             witness::RANGE_START => self.range_start(record),
             witness::RANGE_END => self.range_end(record),
             witness::HEARTBEAT => self.heartbeat(record.arg[1]),
@@ -325,13 +339,47 @@ impl Oracle {
         if !self.config.enabled {
             return;
         }
-        for ctx in concerned {
+        for &ctx in &concerned {
             let no_write = range.demand() == Demand::NoWrite;
             let Some(view) = device.range(ctx, (range.start, range.last), no_write, 1) else { continue };
             let mut found = Vec::new();
             self.state.lock().range_looked(record.mm, &range, ctx, &view, &mut found);
             self.raise(found);
         }
+        self.ask_for_dirt(device.as_ref(), &range, &concerned);
+    }
+
+    /// Asks the witness whether pages that the device has written are dirty, now that the driver has let go of them. Where the
+    /// CPU's entry is dirty by itself, there is nothing to ask.
+    fn ask_for_dirt(&self, device: &dyn Inspect, range: &Range, concerned: &[Handle]) {
+        let Slots { count, questions, .. } = *self.slots.lock();
+        let mut words = [0; witness::QUESTION_WORDS as usize];
+        let mut asked = 0;
+        for &ctx in concerned {
+            let written = device.take_written(ctx, (range.start, range.last), witness::QUESTIONS_MOST);
+            let Some(compare) = self.compare(ctx).filter(|_| !written.is_empty()) else { continue };
+            for va in written {
+                if let Some(page) = compare.clean(va).filter(|_| asked < witness::QUESTIONS_MOST) {
+                    words[1 + 3 * asked..4 + 3 * asked].copy_from_slice(&[va, page.frame, ctx.0]);
+                    asked += 1;
+                }
+            }
+        }
+        let place = u64::from(range.slot).checked_mul(8 * witness::QUESTION_WORDS);
+        let place = place.and_then(|offset| questions.checked_add(offset));
+        let (Some(place), Some(memory)) = (place, self.memory.get()) else { return };
+        if asked > 0 && questions != 0 && u64::from(range.slot) < count {
+            words[0] = asked as u64;
+            // If the guest has no memory there, it asks in vain.
+            let _ = memory.snapshot().write_object(place, &words);
+        }
+    }
+
+    /// An answer: a page that the device has written is clean.
+    fn page_clean(&self, record: &Record) {
+        let [va, frame, ctx, _] = record.arg;
+        let finding = self.state.lock().dirty_lost(record.mm, Handle(ctx), va, frame);
+        self.raise(finding.into_iter().collect());
     }
 
     /// The end of a change of rights: no translation may allow more than the CPU's now.

@@ -230,7 +230,7 @@ impl State {
         in_tlb: bool,
         page: &crate::cpu::Page,
     ) -> Option<Finding> {
-        if self.excused(id, va, page) {
+        if self.excused(id, page) {
             return None;
         }
         let (rule, what) =
@@ -244,9 +244,28 @@ impl State {
         Some(Finding { rule, ctx: Some(ctx), mm: Some(id), va: Some(va), frame, summary })
     }
 
+    /// A page that the device has written is clean when the driver has let go of it.
+    pub(super) fn dirty_lost(&mut self, id: u64, ctx: Handle, va: u64, frame: u64) -> Option<Finding> {
+        if self.mm_of(ctx) != Some(id) {
+            self.bad_records += 1;
+            return None;
+        }
+        let mm = self.mm_name(Some(id));
+        let summary = format!(
+            "{ctx} has written {va:#x} of {mm} (page {frame:#x}) and lost it to an invalidation, but neither the page nor the CPU's entry is dirty"
+        );
+        Some(Finding {
+            rule: Rule::MirrorDirtyLost,
+            ctx: Some(ctx),
+            mm: Some(id),
+            va: Some(va),
+            frame: Some(frame),
+            summary,
+        })
+    }
+
     /// Whether a missing right of the CPU's may be due to soft-dirty books, which take rights away and tell nobody to.
-    pub(super) fn excused(&self, id: u64, va: u64, page: &crate::cpu::Page) -> bool {
-        let _ = va;
+    pub(super) fn excused(&self, id: u64, page: &crate::cpu::Page) -> bool {
         self.mms.get(&id).is_some_and(|mm| mm.soft_dirty && page.soft_clean)
     }
 

@@ -228,6 +228,9 @@ fn witness(out: &mut String, record: &witness::Record) -> std::fmt::Result {
         witness::NOTIFIER_REMOVED => write!(out, "address space {mm} loses a {} notifier", kind(arg)),
         witness::BYE => write!(out, "unloaded"),
         witness::RANGE_SLOTS => write!(out, "reports invalidations"),
+        witness::PAGE_CLEAN => {
+            write!(out, "page {:#x} at {arg:#x} of address space {mm} is clean", record.arg[1])
+        }
         witness::RANGE_START => match Range::read(record) {
             Some(range) => write!(out, "start of {range} has returned for address space {mm}"),
             None => write!(out, "invalidation that makes no sense"),

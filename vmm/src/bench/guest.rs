@@ -68,6 +68,8 @@ pub(super) fn config(workloads: Vec<String>, seed: u64, oracle: bool) -> RunConf
         patches: Vec::new(),
         add: Vec::new(),
         oracle,
+        // What is measured is the way, not the waits.
+        jitter: false,
         out: None,
     }
 }

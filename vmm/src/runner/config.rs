@@ -53,6 +53,8 @@ pub struct RunConfig {
     pub add: Vec<Add>,
     /// Judge.
     pub oracle: bool,
+    /// Let the device take its time now and then, by the seed.
+    pub jitter: bool,
     /// Folder of the results.
     pub out: Option<PathBuf>,
     /// More arguments for the guest's kernel.
@@ -137,6 +139,7 @@ impl RunConfig {
             patches: args.patch,
             add: args.add,
             oracle: !args.no_oracle,
+            jitter: true,
             out: args.out,
             append: args.append,
             keep_going: args.keep_going,
@@ -179,6 +182,7 @@ impl RunConfig {
             patches: Vec::new(),
             add: Vec::new(),
             oracle: true,
+            jitter: true,
             out: None,
             append: None,
             vfio: None,

@@ -195,7 +195,7 @@ fn follow(
     let Boot { parts, plan, initramfs, log, limits, accel, outer } = boot;
     let (queue, inputs) = sync_channel(QUEUE);
     let line = GuestLine::new(queue.clone());
-    let size = GpuConfig::default();
+    let size = GpuConfig { jitter: config.jitter.then_some(config.seed), ..GpuConfig::default() };
     let oracle = Device::oracle(config.oracle, &size);
     let replay = config.clone();
     let (finds, violations) =

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A device that takes its time, now and then.
+//!
+//! A driver that does not wait for its invalidation to complete is right by luck on a device that is always faster than the
+//! driver. This one lets commands wait in the ring, and accesses linger while a drain waits for them, each once in a while and
+//! for a moment: as a real one may at any time. What the driver must wait for is then still there when it has not waited.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use vgpu_spec::job::random_index;
+
+/// Once in so many times that commands are about to be taken, and for how long at most.
+const COMMANDS: (u64, u64) = (48, 3_000);
+/// Once in so many INVALIDATEs that another command follows, and for how long at most: what is cleared only then may be walked anew.
+const BETWEEN: (u64, u64) = (24, 1_000);
+/// Once in so many steps that end while a drain waits, and for how long at most, in microseconds.
+const STEPS: (u64, u64) = (6, 1_500);
+
+/// Where the moments come from. Without a seed there are none.
+pub(crate) struct Jitter {
+    seed: Option<u64>,
+    drawn: AtomicU64,
+}
+
+impl Jitter {
+    pub(crate) fn new(seed: Option<u64>) -> Self {
+        Self { seed, drawn: AtomicU64::new(0) }
+    }
+
+    /// To be called with no lock held, before commands are taken.
+    pub(crate) fn before_commands(&self) {
+        self.pause(COMMANDS);
+    }
+
+    /// To be called with no lock held, after an INVALIDATE and before the command behind it.
+    pub(crate) fn after_an_invalidation(&self) {
+        self.pause(BETWEEN);
+    }
+
+    /// To be called at the end of a step, while it is still published and a drain waits.
+    #[cold]
+    pub(crate) fn before_a_step_ends(&self) {
+        self.pause(STEPS);
+    }
+
+    fn pause(&self, (one_in, most): (u64, u64)) {
+        let Some(seed) = self.seed else { return };
+        let number = self.drawn.fetch_add(2, Relaxed);
+        if random_index(seed, number, one_in) == 0 {
+            std::thread::sleep(Duration::from_micros(
+                most / 4 + random_index(seed, number + 1, most * 3 / 4),
+            ));
+        }
+    }
+}
