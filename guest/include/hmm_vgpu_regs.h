@@ -293,6 +293,8 @@
 #define WITNESS_RANGE_BLOCKABLE 0x100
 /* Flag: the caller named an owner. */
 #define WITNESS_RANGE_OWNED 0x200
+/* Flag: a notifier is being removed from the address space, and may not have been called. */
+#define WITNESS_RANGE_LEAVING 0x400
 
 /* Handles: index in bits 0-23, kind in 24-31, generation in 32-63. */
 #define VGPU_HANDLE_INDEX(h) ((u32)((h) & 0xffffff))

@@ -49,6 +49,7 @@ enum mm_state {
  * @judged: a context is known to mirror it, so that the host can judge
  * @present: by sort, how many notifiers have been added and not removed
  * @leaving: by sort, how many removals have begun and are not over
+ * @put: list notifiers that are called no more, and are to be freed
  */
 struct mirrored_mm {
 	struct hlist_node node;
@@ -58,6 +59,7 @@ struct mirrored_mm {
 	bool judged;
 	u32 present[WITNESS_NOTIFIERS];
 	u32 leaving[WITNESS_NOTIFIERS];
+	u32 put;
 };
 
 static DEFINE_RAW_SPINLOCK(table_lock);
@@ -236,6 +238,57 @@ void mm_table_removed(const struct mm_struct *mm, u64 id,
 	if (entry && entry->id == id && entry->leaving[sort])
 		report_removed(entry, sort);
 	raw_spin_unlock_irqrestore(&table_lock, flags);
+}
+
+/**
+ * mm_table_put - a list notifier is called no more, and will be freed
+ * @mm: from this mm
+ */
+void mm_table_put(const struct mm_struct *mm)
+{
+	struct mirrored_mm *entry;
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&table_lock, flags);
+	entry = find(mm);
+	if (entry)
+		entry->put++;
+	raw_spin_unlock_irqrestore(&table_lock, flags);
+}
+
+/**
+ * mm_table_freed - what mm_table_put() spoke of has been freed
+ * @mm: from this mm, which may be gone
+ * @id: its id then
+ */
+void mm_table_freed(const struct mm_struct *mm, u64 id)
+{
+	struct mirrored_mm *entry;
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&table_lock, flags);
+	entry = find(mm);
+	if (entry && entry->id == id && entry->put)
+		entry->put--;
+	raw_spin_unlock_irqrestore(&table_lock, flags);
+}
+
+/**
+ * mm_table_leaving - may a notifier not be called any more that is still counted?
+ * @mm: of this mm
+ */
+bool mm_table_leaving(const struct mm_struct *mm)
+{
+	struct mirrored_mm *entry;
+	unsigned long flags;
+	bool leaving;
+
+	raw_spin_lock_irqsave(&table_lock, flags);
+	entry = find(mm);
+	leaving = entry && (entry->leaving[WITNESS_LIST] ||
+			    entry->leaving[WITNESS_INTERVAL] || entry->put);
+	raw_spin_unlock_irqrestore(&table_lock, flags);
+	return leaving;
 }
 
 /**

@@ -89,9 +89,23 @@ static void unregister_exit(struct witness_call *call, unsigned long result)
 }
 
 /*
- * mmu_notifier_put() only drops a reference, and leaves callbacks running. What
- * the last one asked for is done here, after SRCU's grace period.
+ * mmu_notifier_put() only drops a reference, and leaves callbacks running. The
+ * last one takes the notifier off the list, so that it is called no more; it is
+ * removed when it is freed, after SRCU's grace period. Whether it is the last one
+ * is not certain before its lock is taken: then a removal is seen where there is
+ * none, and what would be judged at once is judged later.
  */
+static bool put_entry(struct witness_call *call, unsigned long subscription,
+		      unsigned long unused)
+{
+	const struct mmu_notifier *list_sub =
+		(const struct mmu_notifier *)subscription;
+
+	if (READ_ONCE(started) && READ_ONCE(list_sub->users) == 1)
+		mm_table_put(list_sub->mm);
+	return false;
+}
+
 static bool free_entry(struct witness_call *call, unsigned long head,
 		       unsigned long unused)
 {
@@ -99,6 +113,12 @@ static bool free_entry(struct witness_call *call, unsigned long head,
 		container_of((struct rcu_head *)head, struct mmu_notifier, rcu);
 
 	return removal_begins(call, subscription->mm, WITNESS_LIST);
+}
+
+static void free_exit(struct witness_call *call, unsigned long result)
+{
+	mm_table_freed(call->mm, call->id);
+	mm_table_removed(call->mm, call->id, WITNESS_LIST);
 }
 
 static bool release_entry(struct witness_call *call, unsigned long mm,
@@ -181,7 +201,8 @@ static struct witness_probe probes[] = {
 	{ "mmu_interval_notifier_insert_locked", insert_entry, insert_exit },
 	{ "mmu_interval_notifier_remove", remove_entry, remove_exit },
 	{ "mmu_notifier_unregister", unregister_entry, unregister_exit },
-	{ "mmu_notifier_free_rcu", free_entry, unregister_exit },
+	{ "mmu_notifier_put", put_entry, no_exit },
+	{ "mmu_notifier_free_rcu", free_entry, free_exit },
 	{ "__mmu_notifier_release", release_entry, release_exit },
 	{ "__mmu_notifier_invalidate_range_start", start_entry, start_exit },
 	{ "__mmu_notifier_invalidate_range_end", end_entry, no_exit },

@@ -103,6 +103,8 @@ static void report(u32 kind, u64 id, const struct mmu_notifier_range *range,
 		what |= WITNESS_RANGE_BLOCKABLE;
 	if (range->owner)
 		what |= WITNESS_RANGE_OWNED;
+	if (mm_table_leaving(range->mm))
+		what |= WITNESS_RANGE_LEAVING;
 	witness_report(kind, id, range->start, range->end - 1,
 		       what | (u64)slot << 32, number);
 }

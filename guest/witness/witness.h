@@ -35,6 +35,9 @@ void mm_table_added(const struct mm_struct *mm, enum witness_notifier sort);
 u64 mm_table_removing(const struct mm_struct *mm, enum witness_notifier sort);
 void mm_table_removed(const struct mm_struct *mm, u64 id,
 		      enum witness_notifier sort);
+void mm_table_put(const struct mm_struct *mm);
+void mm_table_freed(const struct mm_struct *mm, u64 id);
+bool mm_table_leaving(const struct mm_struct *mm);
 void mm_table_released(const struct mm_struct *mm, bool empty);
 bool mm_table_awaits_unmap(const struct mm_struct *mm);
 void mm_table_unmapped(const struct mm_struct *mm);

@@ -24,4 +24,6 @@ crate::constants! {
     BLOCKABLE: u32 = 1 << 8;
     /// Flag: the caller named an owner.
     OWNED: u32 = 1 << 9;
+    /// Flag: a notifier is being removed from the address space, and may not have been called.
+    LEAVING: u32 = 1 << 10;
 }

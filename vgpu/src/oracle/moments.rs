@@ -100,6 +100,7 @@ impl State {
             return;
         };
         mm.notifiers = mm.notifiers.saturating_add(by);
+        mm.removed += u64::from(by < 0);
         if by > 0 && mm.notifiers == 1 {
             mm.counted = true;
         }
@@ -153,6 +154,9 @@ impl State {
     fn pair(&mut self, id: u64, ctx: Handle, by_word: bool, watched: &Watched) {
         let unnotified = self.without_notifier(id);
         let Some(context) = self.contexts.get_mut(&ctx.0) else { return };
+        if context.mm != Some(id) {
+            context.removed = self.mms.get(&id).map_or(0, |mm| mm.removed);
+        }
         context.mm = Some(id);
         context.by_word |= by_word;
         context.unnotified = unnotified;

@@ -30,6 +30,8 @@ pub(super) struct Range {
     /// A constant of [`vgpu_spec::range`].
     pub(super) event: u32,
     pub(super) owned: bool,
+    /// A notifier was on its way out.
+    pub(super) leaving: bool,
     pub(super) slot: u32,
     pub(super) number: u64,
 }
@@ -54,6 +56,7 @@ impl Range {
             last,
             event: what as u32 & 0xff,
             owned: what as u32 & spec::OWNED != 0,
+            leaving: what as u32 & spec::LEAVING != 0,
             slot: (what >> 32) as u32,
             number,
         };
@@ -200,11 +203,14 @@ impl State {
             frame: Some(leaf & pte::ADDRESS),
             summary,
         };
-        if view.busy || view.in_flight.is_some() {
+        let removed = self.mms.get(&id).map(|mm| mm.removed);
+        let Some(context) = self.contexts.get_mut(&ctx.0) else { return };
+        let notified = removed == Some(context.removed) && !range.leaving;
+        if view.busy || view.in_flight.is_some() || notified {
             found.push(finding);
-        } else if let Some(context) = self.contexts.get_mut(&ctx.0) {
-            // Nobody uses it. That may be a driver that has removed its notifier and is about to take its tables down, while
-            // another context's notifier is the one that was called. It is stale once it is used, or if it stays.
+        } else {
+            // Nobody uses it, and some notifier has been removed. That may be a driver that is about to take its tables down,
+            // while another context's notifier is the one that was called. It is stale once it is used, or if it stays.
             context.doubts.add(Doubt { va, leaf, cause: Cause::Stale(finding), beats: 0 });
         }
     }

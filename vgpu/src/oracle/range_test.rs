@@ -83,6 +83,11 @@ impl Guest {
     fn end(&self, slot: u64) {
         self.memory.snapshot().store_u64(SLOTS + 8 * slot, 0).unwrap();
     }
+    /// One of two, of which nobody knows whose it was.
+    fn a_notifier_goes(&self) {
+        self.tell(witness::NOTIFIER_ADDED, 1, [2, 0, 0, 0]);
+        self.tell(witness::NOTIFIER_REMOVED, 1, [2, 0, 0, 0]);
+    }
     fn leaf(&self, leaf: u64) {
         self.oracle.event(E::LeafSet { ctx: self.ctx, va: Some(VA), pte: leaf });
     }
@@ -149,8 +154,32 @@ fn contexts_that_cannot_translate_are_spared() {
 }
 
 #[test]
+fn what_nobody_uses_is_stale_at_once_if_its_notifier_was_there() {
+    let idle = RangeView { busy: false, ..busy(&[(VA, PTE)]) };
+    let g = guest();
+    g.device(idle.clone());
+    g.start(spec::UNMAP | spec::LEAVING, 0);
+    g.clean();
+    g.start(spec::UNMAP, 1);
+    assert_eq!(g.rules(), ["invalidate/stale-pte"]);
+    // Another context of the process comes and goes, with a notifier of its own.
+    let g = guest();
+    g.tell(witness::NOTIFIER_ADDED, 1, [2, 0, 0, 0]);
+    g.bind(ctx(4, 1));
+    g.tell(witness::ASSOCIATE, 1, [ctx(4, 1).0, 0, 0, 0]);
+    g.tell(witness::NOTIFIER_REMOVED, 1, [2, 0, 0, 0]);
+    g.device(idle);
+    g.start(spec::UNMAP, 0);
+    g.clean();
+    g.unbind(ctx(4, 1));
+    g.start(spec::UNMAP, 1);
+    assert_eq!(g.rules(), ["invalidate/stale-pte"]);
+}
+
+#[test]
 fn what_nobody_uses_is_stale_when_it_is_used() {
     let g = guest();
+    g.a_notifier_goes();
     g.cpu(HERE);
     g.device(RangeView { busy: false, ..busy(&[(VA, PTE)]) });
     g.start(spec::UNMAP, 0);
@@ -165,6 +194,7 @@ fn what_nobody_uses_is_stale_when_it_is_used() {
 #[test]
 fn what_nobody_uses_is_stale_when_it_stays() {
     let g = guest();
+    g.a_notifier_goes();
     g.device(RangeView { busy: false, ..busy(&[(VA, PTE)]) });
     g.start(spec::UNMAP, 0);
     g.beat(9);
@@ -173,6 +203,7 @@ fn what_nobody_uses_is_stale_when_it_stays() {
     assert_eq!(g.rules(), ["invalidate/stale-pte"]);
     // It was on its way out.
     let g = guest();
+    g.a_notifier_goes();
     g.device(RangeView { busy: false, ..busy(&[(VA, PTE)]) });
     g.start(spec::UNMAP, 0);
     g.beat(5);
@@ -181,6 +212,7 @@ fn what_nobody_uses_is_stale_when_it_stays() {
     g.clean();
     // It is the same page, mapped again when that was allowed.
     let g = guest();
+    g.a_notifier_goes();
     g.cpu(HERE);
     g.device(RangeView { busy: false, ..busy(&[(VA, PTE)]) });
     g.start(spec::CLEAR, 0);

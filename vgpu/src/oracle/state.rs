@@ -104,6 +104,8 @@ pub(super) struct Context {
     /// Replays of faults raised after release, by page.
     pub(super) replays: BTreeMap<u64, u32>,
     pub(super) doubts: Doubts,
+    /// Notifiers that had been removed from its address space when all of its own were known to be there.
+    pub(super) removed: u64,
 }
 
 #[derive(Default)]
@@ -114,6 +116,8 @@ pub(super) struct Mm {
     pub(super) had_context: bool,
     /// Notifiers inserted and not removed.
     pub(super) notifiers: i64,
+    /// Notifiers removed.
+    pub(super) removed: u64,
     /// Some insertion was seen, and no removal without one.
     pub(super) counted: bool,
     /// Address of the top page table, or 0.
@@ -230,7 +234,11 @@ impl State {
                     let text = format!("{ctx} was unbound and left behind: {leak}");
                     found.push(self.finding(Rule::UnregisterLeak, ctx, leak.va, text));
                 }
-                self.unbound += u64::from(self.contexts.remove(&ctx.0).is_some());
+                let gone = self.contexts.remove(&ctx.0);
+                self.unbound += u64::from(gone.is_some());
+                if let Some(id) = gone.and_then(|context| context.mm) {
+                    self.settle_notifiers(id);
+                }
                 self.faults.retain(|_, fault| fault.ctx != ctx);
                 watched.clear(ctx);
             }
@@ -307,12 +315,23 @@ impl State {
             unnotified: false,
             replays: BTreeMap::new(),
             doubts: Doubts::default(),
+            removed: 0,
         };
         self.contexts.insert(ctx.0, fresh);
         self.bound += 1;
         self.off = false;
         if seen == Seen::None {
             watched.set(ctx); // for its leaves, see leaf_set()
+        }
+    }
+
+    /// A context of an address space is gone, and its notifiers with it: if there are now as many as contexts, they are theirs.
+    fn settle_notifiers(&mut self, id: u64) {
+        let Some(mm) = self.mms.get(&id) else { return };
+        let its = |context: &&mut Context| context.mm == Some(id);
+        let live = self.contexts.values_mut().filter(its).count();
+        if mm.counted && u64::try_from(mm.notifiers) == Ok(live as u64) {
+            self.contexts.values_mut().filter(its).for_each(|context| context.removed = mm.removed);
         }
     }
 
