@@ -176,6 +176,7 @@ impl Device {
             for page in self.data.owned_by(ctx) {
                 leak.page = self.data.handle(page);
                 self.data.take_back(page);
+                self.oracle.event(DeviceEvent::DataReturned { ctx, page: leak.page });
             }
         }
         if leak.table_pages > 0 {
@@ -227,6 +228,7 @@ impl Device {
             let index = self.page(op, &self.data, named, page)?;
             self.data.take_back(index);
             named.context.data_pages.fetch_sub(1, SeqCst);
+            self.oracle.event(DeviceEvent::DataReturned { ctx: named.ctx, page });
         } else {
             let index = self.page(op, &self.tables.pages, named, page)?;
             self.tables.unlink(named.ctx, index, &mut |change| {

@@ -115,6 +115,13 @@ pub enum DeviceEvent {
         /// How many.
         count: u32,
     },
+    /// A page of VRAM was returned, or its context was unbound with it.
+    DataReturned {
+        /// The context that had it.
+        ctx: Handle,
+        /// The page; its handle is stale now.
+        page: Handle,
+    },
     /// INVALIDATE was taken from the ring.
     Invalidate {
         /// The context.

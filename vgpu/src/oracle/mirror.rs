@@ -187,6 +187,8 @@ impl Compare<'_> {
             let page = self.space.walk(&self.memory, at);
             if judge(leaf, at, access, &page, self.oracle.config.coherent_atomics) != Verdict::Good {
                 self.look_again(at, leaf, access, unused);
+            } else if unused && leaf & pte::VRAM != 0 {
+                self.oracle.learn_private(self.ctx, at, leaf_address(leaf, at), &page);
             }
             // What follows in the same entry of the CPU's follows in the same leaf of the device's.
             match (at | ((1 << page.shift.min(leaf_shift(leaf))) - 1)).checked_add(1) {
@@ -239,7 +241,7 @@ impl Oracle {
     }
 
     #[inline]
-    fn tables(&self) -> Option<(Format, Snapshot)> {
+    pub(super) fn tables(&self) -> Option<(Format, Snapshot)> {
         let format = **self.format.load().as_ref()?;
         Some((format, self.memory.get()?.snapshot()))
     }

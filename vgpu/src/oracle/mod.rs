@@ -11,6 +11,7 @@ mod doubt;
 mod event;
 mod mirror;
 mod moments;
+mod private;
 mod range;
 mod rule;
 mod state;
@@ -191,6 +192,7 @@ impl Oracle {
                         return;
                     }
                 }
+                E::DataReturned { ctx, page } => return self.data_returned(ctx, page),
                 E::ContextReleased { ctx } | E::ContextUnbound { ctx, .. } => self.mirrors.clear(ctx),
                 E::Reset => self.mirrors.clear_all(),
                 _ => {}

@@ -433,6 +433,34 @@ fn what_the_device_has_written_is_dirty_when_it_goes() {
 }
 
 #[test]
+fn a_page_of_vram_is_nobodys_when_it_is_given_back() {
+    let private = |frame: u64| (!(frame >> 12) << 14 >> 5) | 27 << 59;
+    let page = Handle::new(vgpu_spec::handle::Kind::DataPage, 3, 1);
+    let leaf = VALID | WRITE | VRAM | 0x3000;
+    for (then, rules) in [
+        (private(0x9_9999_9000), &["memory/device-page-outlives-owner"][..]),
+        (private(0x9_8888_8000), &[]),
+        (HERE, &[]),
+        (0, &[]),
+    ] {
+        let g = guest();
+        g.cpu(private(0x9_9999_9000));
+        g.leaf(leaf);
+        g.cpu(then);
+        g.oracle.event(E::DataReturned { ctx: g.ctx, page });
+        assert_eq!(g.rules(), rules);
+        g.oracle.event(E::DataReturned { ctx: g.ctx, page });
+        assert_eq!(g.rules(), rules);
+    }
+    let g = guest();
+    g.cpu(private(0x9_9999_9000));
+    g.leaf(leaf);
+    g.exit(1);
+    g.oracle.event(E::DataReturned { ctx: g.ctx, page });
+    g.clean();
+}
+
+#[test]
 fn records_that_make_no_sense() {
     let g = guest();
     for arg in [[2, 1, 0, 5], [1, 2, 99, 5], [1, 2, 0, 0]] {

@@ -12,6 +12,7 @@ use vgpu_spec::pte;
 use super::Rule;
 use super::doubt::Doubts;
 use super::event::DeviceEvent;
+use super::private::Private;
 use super::range::Range;
 use super::trace::leaf_last;
 
@@ -168,6 +169,7 @@ pub(super) struct State {
     pub(super) contexts_lost: u64,
     /// Invalidations reported.
     pub(super) ranges: u64,
+    pub(super) private: Private,
 }
 
 impl State {
@@ -194,6 +196,7 @@ impl State {
             hellos: 0,
             contexts_lost: 0,
             ranges: 0,
+            private: Private::default(),
         }
     }
 
@@ -287,6 +290,7 @@ impl State {
             }
             E::LeafSet { .. }
             | E::LeafCleared { .. }
+            | E::DataReturned { .. }
             | E::Invalidate { .. }
             | E::InvalidateDone { .. }
             | E::JobDone { .. } => {}

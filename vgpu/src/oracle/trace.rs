@@ -137,7 +137,7 @@ fn concerns(what: &What, ctx: Option<Handle>, mm: Option<u64>, va: Option<u64>) 
         | E::FaultReplayed { ctx, va: at, .. }
         | E::FaultCancelled { ctx, va: at, .. }
         | E::FaultDropped { ctx, va: at, .. } => (ctx, on_page(va, at, at)),
-        E::JobDone { ctx, .. } => (ctx, va.is_none()),
+        E::JobDone { ctx, .. } | E::DataReturned { ctx, .. } => (ctx, va.is_none()),
         E::Disabled { .. } | E::Reset => return true,
     };
     ctx.is_none_or(|ctx| ctx == of) && place
@@ -190,6 +190,7 @@ fn device(out: &mut String, event: &DeviceEvent) -> std::fmt::Result {
         }
         E::LeafSet { ctx, va, pte } => write!(out, "{ctx} leaf set at {}: {pte:#x}", At(va)),
         E::LeafCleared { ctx, va, count } => write!(out, "{ctx} {count} leaves cleared from {}", At(va)),
+        E::DataReturned { ctx, page } => write!(out, "{ctx} gave {page} back"),
         E::Invalidate { ctx, start, last } => write!(out, "{ctx} invalidate {start:#x}-{last:#x} begins"),
         E::InvalidateDone { ctx, start, last } => write!(out, "{ctx} invalidate {start:#x}-{last:#x} done"),
         E::FaultRaised { fault, ctx, va, access } => {
