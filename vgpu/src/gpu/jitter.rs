@@ -11,11 +11,16 @@ use std::time::Duration;
 use vgpu_spec::job::random_index;
 
 /// Once in so many times that commands are about to be taken, and for how long at most.
-const COMMANDS: (u64, u64) = (48, 3_000);
+const COMMANDS: (u64, u64) = (160, 3_000);
 /// Once in so many INVALIDATEs that another command follows, and for how long at most: what is cleared only then may be walked anew.
-const BETWEEN: (u64, u64) = (24, 1_000);
+const BETWEEN: (u64, u64) = (64, 1_000);
 /// Once in so many steps that end while a drain waits, and for how long at most, in microseconds.
-const STEPS: (u64, u64) = (6, 1_500);
+const STEPS: (u64, u64) = (16, 1_500);
+/// Chances are drawn in spells of so many, of which one in so many is slow: every second chance is taken. Threads of a driver that
+/// wait for each other meet only where several waits come together.
+const SPELL: (u64, u64) = (64, 16);
+/// Keeps the spells apart from the chances.
+const SPELLS: u64 = 0x5ca1_ab1e;
 
 /// Where the moments come from. Without a seed there are none.
 pub(crate) struct Jitter {
@@ -47,10 +52,30 @@ impl Jitter {
     fn pause(&self, (one_in, most): (u64, u64)) {
         let Some(seed) = self.seed else { return };
         let number = self.drawn.fetch_add(2, Relaxed);
-        if random_index(seed, number, one_in) == 0 {
+        let slow = random_index(seed ^ SPELLS, number / (2 * SPELL.0), SPELL.1) == 0;
+        if random_index(seed, number, if slow { 2 } else { one_in }) == 0 {
             std::thread::sleep(Duration::from_micros(
                 most / 4 + random_index(seed, number + 1, most * 3 / 4),
             ));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_makes_pauses_and_none_makes_none() {
+        let time = |seed| {
+            let jitter = Jitter::new(seed);
+            let start = std::time::Instant::now();
+            (0..256).for_each(|_| jitter.after_an_invalidation());
+            start.elapsed()
+        };
+        assert!(time(Some(5)) >= Duration::from_micros(250));
+        let jitter = Jitter::new(None);
+        jitter.before_commands();
+        assert_eq!(jitter.drawn.load(Relaxed), 0);
     }
 }
