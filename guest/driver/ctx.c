@@ -69,6 +69,7 @@ static struct vgpu_ctx *vgpu_ctx_alloc(struct vgpu_device *vdev)
 	kref_init(&ctx->ref);
 	kref_get(&vdev->ref);
 	ctx->vdev = vdev;
+	ctx->sync = &ctx->notifier;
 	mutex_init(&ctx->pt_lock);
 	INIT_LIST_HEAD(&ctx->empty);
 	INIT_LIST_HEAD(&ctx->tables);
@@ -218,7 +219,7 @@ void vgpu_ctx_destroy(struct vgpu_ctx *ctx)
 	spin_unlock(&ctx->fault_lock);
 	cancel_work_sync(&ctx->work);
 
-	vgpu_mirror_end(ctx);
+	vgpu_backend->end(ctx);
 
 	mutex_lock(&ctx->pt_lock);
 	for (i = 0; i < HMM_VGPU_QUEUES; i++)

@@ -117,7 +117,11 @@ void vgpu_fault_work(struct work_struct *work)
 	struct vgpu_fault fault;
 
 	while (vgpu_fault_take(ctx, &fault)) {
+		if (vgpu_backend->fault_begin)
+			vgpu_backend->fault_begin(ctx, &fault);
 		vgpu_fault_serve(ctx, &fault);
+		if (vgpu_backend->fault_end)
+			vgpu_backend->fault_end(ctx);
 		cond_resched();
 	}
 	vgpu_table_return_detached(ctx);

@@ -115,7 +115,7 @@ static int vgpu_bind_locked(struct vgpu_file *file, u64 *handle)
 	ctx = vgpu_ctx_create(vdev, atomic_inc_return(&vdev->tag));
 	if (IS_ERR(ctx))
 		return PTR_ERR(ctx);
-	ret = vgpu_mirror_begin(ctx, current->mm);
+	ret = vgpu_backend->begin(ctx, current->mm);
 	if (ret) {
 		vgpu_ctx_destroy(ctx);
 		return ret;
@@ -225,6 +225,39 @@ static int vgpu_ioctl_query(struct vgpu_file *file, void __user *user)
 	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
 }
 
+static int vgpu_ioctl_layer(void __user *user)
+{
+	struct hmm_vgpu_layer arg = {};
+	int ret = vgpu_backend->layer ? vgpu_backend->layer(&arg) : 0;
+
+	if (ret)
+		return ret;
+	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
+}
+
+static int vgpu_ioctl_act(struct vgpu_file *file, void __user *user)
+{
+	struct hmm_vgpu_act arg;
+	int ret;
+
+	if (!vgpu_backend->act)
+		return -ENOTTY;
+	if (copy_from_user(&arg, user, sizeof(arg)))
+		return -EFAULT;
+
+	mutex_lock(&file->lock);
+	if (READ_ONCE(file->vdev->removed))
+		ret = -ENODEV;
+	else if (!file->ctx)
+		ret = -ENXIO;
+	else if (current->mm != file->ctx->mm)
+		ret = -EPERM;
+	else
+		ret = vgpu_backend->act(file->ctx, &arg);
+	mutex_unlock(&file->lock);
+	return ret;
+}
+
 static long vgpu_ioctl(struct file *filp, unsigned int cmd, unsigned long data)
 {
 	struct vgpu_file *file = filp->private_data;
@@ -241,6 +274,10 @@ static long vgpu_ioctl(struct file *filp, unsigned int cmd, unsigned long data)
 		return vgpu_ioctl_query(file, user);
 	case HMM_VGPU_UNBIND:
 		return vgpu_ioctl_unbind(file);
+	case HMM_VGPU_LAYER:
+		return vgpu_ioctl_layer(user);
+	case HMM_VGPU_ACT:
+		return vgpu_ioctl_act(file, user);
 	default:
 		return -ENOTTY;
 	}

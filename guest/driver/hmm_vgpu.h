@@ -16,12 +16,20 @@
  *	fault.c			serving a context's faults
  *	mirror_interval.c	the notifier, and pages through hmm_range_fault
  *
+ * The backend is chosen when the module is loaded. For backend=mirror there are
+ *
+ *	mirror_layer.c		mirrors and ranges of an address space, by policy
+ *	backend_mirror.c	the driver on that layer
+ *	mirror_act.c		what scenarios have it do
+ *	lock_book.c		who holds and who waits for its locks
+ *
  * Lock order, outermost first:
  *
  *	vgpu_device.files_lock	list of open files
  *	vgpu_file.lock		which context the file has
  *	mmap_lock		bind (inserting the notifier); faults
  *	-- reclaim and the invalidate callback come in here --
+ *	(backend=mirror: the locks of mirror_layer.h)
  *	vgpu_ctx.pt_lock	page tables, sequence check, answers to faults
  *	vgpu_queue.lock		a queue's ring and results
  *	vgpu_device.ctx_lock	table of contexts (spinlock)
@@ -85,6 +93,8 @@ static_assert(PAGE_SHIFT == 12);
 /* Empty tables a context keeps before it gives them back. */
 #define VGPU_EMPTY_TABLES	16
 
+struct hmm_mirror_range;
+struct vgpu_client;
 struct vgpu_ctx;
 
 /**
@@ -300,6 +310,10 @@ struct vgpu_table {
  * @invalidations: -
  * @mapped_pages: -
  * @huge_maps: -
+ *
+ * @sync: the notifier whose sequence counts: @notifier, or the mirror layer's
+ * @client: what the mirror backend has registered, or NULL
+ * @range: its range for the fault being served, or NULL; of the fault worker
  */
 struct vgpu_ctx {
 	struct kref ref;
@@ -336,6 +350,10 @@ struct vgpu_ctx {
 	atomic64_t invalidations;
 	atomic64_t mapped_pages;
 	atomic64_t huge_maps;
+
+	struct mmu_interval_notifier *sync;
+	struct vgpu_client *client;
+	struct hmm_mirror_range *range;
 };
 
 static inline u32 vgpu_read(struct vgpu_device *vdev, u32 reg)
@@ -390,8 +408,38 @@ static inline bool vgpu_pte_huge(const struct vgpu_table *t, unsigned int i)
 	return le64_to_cpu(READ_ONCE(t->pte[i])) & VGPU_PTE_HUGE;
 }
 
+/**
+ * struct vgpu_backend - how an address space is followed
+ * @name: as the module's parameter has it
+ * @init: when the module is loaded, with the parameter mirror_policy; or NULL
+ * @exit: when it is unloaded; or NULL
+ * @begin: begin to mirror; sets vgpu_ctx.mm and mirrored
+ * @end: end it if it has begun. The context is stopped, its fault worker does not
+ *	run any more; no lock that a callback takes is held
+ * @fault_begin: the fault worker is about to serve a fault; or NULL
+ * @fault_end: it has; or NULL
+ * @read_begin: the sequence to look with. Waits for invalidations under way
+ * @read_retry: whether what was found may not be mapped. Under pt_lock
+ * @layer: what the mirror layer has counted; or NULL
+ * @act: do what a scenario asks for; or NULL
+ */
+struct vgpu_backend {
+	const char *name;
+	int (*init)(const char *policy);
+	void (*exit)(void);
+	int (*begin)(struct vgpu_ctx *ctx, struct mm_struct *mm);
+	void (*end)(struct vgpu_ctx *ctx);
+	void (*fault_begin)(struct vgpu_ctx *ctx, const struct vgpu_fault *fault);
+	void (*fault_end)(struct vgpu_ctx *ctx);
+	unsigned long (*read_begin)(struct vgpu_ctx *ctx);
+	bool (*read_retry)(struct vgpu_ctx *ctx, unsigned long seq);
+	int (*layer)(struct hmm_vgpu_layer *arg);
+	int (*act)(struct vgpu_ctx *ctx, const struct hmm_vgpu_act *arg);
+};
+
 /* main.c */
 extern struct workqueue_struct *vgpu_fault_wq;
+extern const struct vgpu_backend *vgpu_backend;
 void vgpu_device_put(struct vgpu_device *vdev);
 
 /* cmd.c */
@@ -476,8 +524,12 @@ void vgpu_fault_answer_locked(struct vgpu_ctx *ctx,
 			      const struct vgpu_fault *fault, bool replay);
 
 /* mirror_interval.c */
+extern const struct vgpu_backend vgpu_backend_interval;
 int vgpu_mirror_begin(struct vgpu_ctx *ctx, struct mm_struct *mm);
 void vgpu_mirror_end(struct vgpu_ctx *ctx);
 int vgpu_mirror_fault(struct vgpu_ctx *ctx, const struct vgpu_fault *fault);
+
+/* backend_mirror.c */
+extern const struct vgpu_backend vgpu_backend_mirror;
 
 #endif

@@ -2,6 +2,8 @@
 /*
  * The module and its PCI function.
  */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
 #include <linux/dma-mapping.h>
 #include <linux/idr.h>
 #include <linux/miscdevice.h>
@@ -23,6 +25,21 @@ static DEFINE_IDA(vgpu_ids);
  * reclaim waits for a fault: so no rescuer.
  */
 struct workqueue_struct *vgpu_fault_wq;
+
+static char *backend = "interval";
+module_param(backend, charp, 0444);
+MODULE_PARM_DESC(backend, "interval: a notifier for each context; mirror: the mirror layer");
+
+static char *mirror_policy = "read-held";
+module_param(mirror_policy, charp, 0444);
+MODULE_PARM_DESC(mirror_policy, "of backend=mirror: drop-lock, read-held, srcu, srcu-nowait");
+
+static const struct vgpu_backend *const vgpu_backends[] = {
+	&vgpu_backend_interval,
+	&vgpu_backend_mirror,
+};
+
+const struct vgpu_backend *vgpu_backend;
 
 static void vgpu_device_free(struct kref *ref)
 {
@@ -208,16 +225,51 @@ static struct pci_driver vgpu_pci_driver = {
 	.err_handler = &vgpu_err_handlers,
 };
 
+static int __init vgpu_backend_init(void)
+{
+	unsigned int i;
+	int ret = 0;
+
+	for (i = 0; i < ARRAY_SIZE(vgpu_backends); i++)
+		if (!strcmp(vgpu_backends[i]->name, backend))
+			vgpu_backend = vgpu_backends[i];
+	if (!vgpu_backend) {
+		pr_err("there is no backend %s\n", backend);
+		return -EINVAL;
+	}
+	if (vgpu_backend->init)
+		ret = vgpu_backend->init(mirror_policy);
+	if (ret == -EINVAL)
+		pr_err("backend %s has no policy %s\n", backend, mirror_policy);
+	return ret;
+}
+
+static void vgpu_backend_exit(void)
+{
+	if (vgpu_backend->exit)
+		vgpu_backend->exit();
+}
+
 static int __init vgpu_init(void)
 {
-	int ret;
+	int ret = vgpu_backend_init();
 
+	if (ret)
+		return ret;
 	vgpu_fault_wq = alloc_workqueue("hmm_vgpu_fault", WQ_UNBOUND | WQ_HIGHPRI, 0);
-	if (!vgpu_fault_wq)
-		return -ENOMEM;
+	if (!vgpu_fault_wq) {
+		ret = -ENOMEM;
+		goto err_backend;
+	}
 	ret = pci_register_driver(&vgpu_pci_driver);
 	if (ret)
-		destroy_workqueue(vgpu_fault_wq);
+		goto err_queue;
+	return 0;
+
+err_queue:
+	destroy_workqueue(vgpu_fault_wq);
+err_backend:
+	vgpu_backend_exit();
 	return ret;
 }
 module_init(vgpu_init);
@@ -226,6 +278,7 @@ static void __exit vgpu_exit(void)
 {
 	pci_unregister_driver(&vgpu_pci_driver);
 	destroy_workqueue(vgpu_fault_wq);
+	vgpu_backend_exit();
 	ida_destroy(&vgpu_ids);
 }
 module_exit(vgpu_exit);

@@ -128,9 +128,9 @@ static int vgpu_mirror_look(struct vgpu_ctx *ctx, const struct vgpu_fault *fault
 
 	w->huge = false;
 	w->range = (struct hmm_range) {
-		.notifier = &ctx->notifier,
+		.notifier = ctx->sync,
 		/* Waits while an invalidation is under way: not under mmap_lock. */
-		.notifier_seq = mmu_interval_read_begin(&ctx->notifier),
+		.notifier_seq = vgpu_backend->read_begin(ctx),
 		.hmm_pfns = ctx->pfns,
 		.pfn_flags_mask = HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE,
 	};
@@ -227,7 +227,7 @@ int vgpu_mirror_fault(struct vgpu_ctx *ctx, const struct vgpu_fault *fault)
 		mutex_lock(&ctx->pt_lock);
 		if (ctx->stopped) {
 			ret = -ESRCH;
-		} else if (mmu_interval_read_retry(&ctx->notifier, w.range.notifier_seq)) {
+		} else if (vgpu_backend->read_retry(ctx, w.range.notifier_seq)) {
 			atomic64_inc(&ctx->fault_retries);
 			ret = -EBUSY;
 		} else {
@@ -242,3 +242,21 @@ int vgpu_mirror_fault(struct vgpu_ctx *ctx, const struct vgpu_fault *fault)
 
 	return ret;
 }
+
+static unsigned long vgpu_mirror_read_begin(struct vgpu_ctx *ctx)
+{
+	return mmu_interval_read_begin(ctx->sync);
+}
+
+static bool vgpu_mirror_read_retry(struct vgpu_ctx *ctx, unsigned long seq)
+{
+	return mmu_interval_read_retry(ctx->sync, seq);
+}
+
+const struct vgpu_backend vgpu_backend_interval = {
+	.name = "interval",
+	.begin = vgpu_mirror_begin,
+	.end = vgpu_mirror_end,
+	.read_begin = vgpu_mirror_read_begin,
+	.read_retry = vgpu_mirror_read_retry,
+};

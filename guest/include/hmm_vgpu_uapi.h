@@ -114,4 +114,59 @@ struct hmm_vgpu_query {
 /* Unregisters the context, as close does. ENXIO if not bound. */
 #define HMM_VGPU_UNBIND	_IO(HMM_VGPU_MAGIC, 5)
 
+/* Which policy the mirror layer has; 0: the driver's backend is another. */
+#define HMM_VGPU_POLICY_NONE		0
+#define HMM_VGPU_POLICY_DROP_LOCK	1
+#define HMM_VGPU_POLICY_READ_HELD	2
+#define HMM_VGPU_POLICY_SRCU		3
+#define HMM_VGPU_POLICY_SRCU_NOWAIT	4
+
+/**
+ * struct hmm_vgpu_layer - what the mirror layer has counted since the driver was loaded
+ * @policy: HMM_VGPU_POLICY_*
+ * @registered: mirrors registered
+ * @unregistered: mirrors unregistered
+ * @releases: release callbacks called
+ * @releases_again: of these, not the first of their mirror
+ * @refused: invalidations refused because they must not sleep
+ */
+struct hmm_vgpu_layer {
+	__u64 policy;
+	__u64 registered;
+	__u64 unregistered;
+	__u64 releases;
+	__u64 releases_again;
+	__u64 refused;
+};
+
+/* Migrate the page at addr to another page, the device lock held around all of it. */
+#define HMM_VGPU_ACT_MIGRATE_WIDE	1
+/* The same, the device lock held for the device's mapping only. */
+#define HMM_VGPU_ACT_MIGRATE_NARROW	2
+/* At release, wait for work that unmaps the file fd everywhere. */
+#define HMM_VGPU_ACT_RELEASE_WAITS	3
+/* At release, unregister the mirror from within its callback. */
+#define HMM_VGPU_ACT_RELEASE_UNREGISTERS 4
+/* Let the address space's users go while a fault's range is registered. */
+#define HMM_VGPU_ACT_RANGE_UNHELD	5
+
+/**
+ * struct hmm_vgpu_act - have the driver do what a scenario is about
+ * @op: in: HMM_VGPU_ACT_*
+ * @fd: in: by op
+ * @addr: in: by op
+ *
+ * ENOTTY: only the mirror backend can. ENXIO: not bound. EPERM: the caller runs
+ * in another address space than the bound one. EBUSY: the page could not be
+ * migrated.
+ */
+struct hmm_vgpu_act {
+	__u32 op;
+	__s32 fd;
+	__u64 addr;
+};
+
+#define HMM_VGPU_LAYER	_IOR(HMM_VGPU_MAGIC, 32, struct hmm_vgpu_layer)
+#define HMM_VGPU_ACT	_IOW(HMM_VGPU_MAGIC, 33, struct hmm_vgpu_act)
+
 #endif

@@ -142,13 +142,47 @@ pub enum AccelName {
 }
 
 /// The driver's backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum BackendName {
     /// mmu_interval_notifier and hmm_range_fault
     Interval,
-    /// The hmm_mirror layer (not in this version)
-    #[value(hide = true)]
+    /// The hmm_mirror layer
     Mirror,
+}
+
+impl std::fmt::Display for BackendName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Interval => "interval",
+            Self::Mirror => "mirror",
+        })
+    }
+}
+
+/// How the hmm_mirror layer walks its list of mirrors. docs/seed.md has the argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum PolicyName {
+    /// Release drops the semaphore around each callback
+    DropLock,
+    /// Release holds the semaphore for reading around all callbacks
+    ReadHeld,
+    /// The list is walked under SRCU, and unregister waits for that
+    Srcu,
+    /// The same, and unregister does not wait
+    SrcuNowait,
+}
+
+impl std::fmt::Display for PolicyName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::DropLock => "drop-lock",
+            Self::ReadHeld => "read-held",
+            Self::Srcu => "srcu",
+            Self::SrcuNowait => "srcu-nowait",
+        })
+    }
 }
 
 /// How a run is shown on standard output.
@@ -197,6 +231,9 @@ pub struct RunArgs {
     /// The driver's backend
     #[arg(long, value_enum, default_value = "interval")]
     pub backend: BackendName,
+    /// The policy of --backend mirror; read-held if not given
+    #[arg(long, value_name = "POLICY", value_enum)]
+    pub mirror_policy: Option<PolicyName>,
     /// A built module to load instead of the testbench's own driver
     #[arg(long, value_name = "FILE.ko", conflicts_with = "patch")]
     pub driver: Option<PathBuf>,

@@ -35,6 +35,9 @@ fn what_is_wrong_is_refused_by_name() {
         (&["run", "--exec", " "], "--exec"),
         (&["run", "--out", file], "not a folder"),
         (&["run", "--format", "xml"], "human"),
+        (&["run", "--backend", "list"], "mirror"),
+        (&["run", "--mirror-policy", "srcu"], "--backend mirror"),
+        (&["run", "--backend", "mirror", "--mirror-policy", "none"], "drop-lock"),
         (&["run", "--shell"], "terminal"),
         (&["run", "--shell", "--format", "jsonl"], "terminal"),
         (&["list", "everything"], "workloads"),
@@ -50,9 +53,7 @@ fn what_is_wrong_is_refused_by_name() {
 #[test]
 fn what_this_version_lacks_is_said() {
     for arguments in [
-        &["run", "--backend", "mirror"][..],
-        &["run", "--mirror-policy", "srcu"],
-        &["run", "--inject", "x"],
+        &["run", "--inject", "x"][..],
         &["run", "--allow", "x"],
         &["run", "--format", "ktap"],
         &["run", "--format", "junit"],

@@ -64,6 +64,8 @@ pub(super) fn config(workloads: Vec<String>, seed: u64, oracle: bool) -> RunConf
         outer_cpus: 1,
         accel: None,
         kernel: DEFAULT_KERNEL.into(),
+        backend: crate::cli::BackendName::Interval,
+        policy: None,
         driver: None,
         patches: Vec::new(),
         add: Vec::new(),

@@ -3,15 +3,12 @@
 
 use clap::Args;
 
-use super::{BackendName, FormatName, RunArgs};
+use super::{FormatName, RunArgs};
 use crate::failure::{Failure, Result};
 
 /// Options of `run` that are known and refused.
 #[derive(Debug, Default, Args)]
 pub struct LaterOptions {
-    /// (not in this version)
-    #[arg(long, hide = true, value_name = "POLICY")]
-    pub mirror_policy: Option<String>,
     /// (not in this version)
     #[arg(long, hide = true, value_name = "SPEC")]
     pub inject: Vec<String>,
@@ -24,10 +21,8 @@ pub struct LaterOptions {
 pub fn refuse(run: &RunArgs) -> Result<()> {
     let later = &run.later;
     let refused = [
-        (run.backend == BackendName::Mirror, "--backend mirror", "--backend interval"),
         (run.format == FormatName::Ktap, "--format ktap", "--format human or jsonl"),
         (run.format == FormatName::Junit, "--format junit", "--out DIR, which gets a junit.xml"),
-        (later.mirror_policy.is_some(), "--mirror-policy", ""),
         (!later.inject.is_empty(), "--inject", ""),
         (later.allow.is_some(), "--allow", ""),
     ];

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{plan, replay};
 use crate::cli::units::Add;
 use crate::cli::vfio::Vfio;
-use crate::cli::{AccelName, MachineName, RunArgs, not_yet};
+use crate::cli::{AccelName, BackendName, MachineName, PolicyName, RunArgs, not_yet};
 use crate::failure::{Failure, Result};
 use crate::machine::Accel;
 
@@ -45,6 +45,10 @@ pub struct RunConfig {
     pub accel: Option<Accel>,
     /// Kernel, by name or as a tree.
     pub kernel: String,
+    /// The driver's backend.
+    pub backend: BackendName,
+    /// Its policy, if it has several.
+    pub policy: Option<PolicyName>,
     /// A built driver to load instead of ours.
     pub driver: Option<PathBuf>,
     /// Patches to our driver.
@@ -84,6 +88,9 @@ impl RunConfig {
                     add.host.display()
                 )));
             }
+        }
+        if args.mirror_policy.is_some() && args.backend != BackendName::Mirror {
+            return Err(Failure::usage("--mirror-policy belongs to --backend mirror"));
         }
         if let Some(exec) = &args.exec {
             if exec.trim().is_empty() {
@@ -135,6 +142,9 @@ impl RunConfig {
                 AccelName::Tcg => Accel::Tcg,
             }),
             kernel: args.kernel,
+            backend: args.backend,
+            policy: (args.backend == BackendName::Mirror)
+                .then(|| args.mirror_policy.unwrap_or(PolicyName::ReadHeld)),
             driver: args.driver,
             patches: args.patch,
             add: args.add,
@@ -178,6 +188,8 @@ impl RunConfig {
             outer_cpus: 1,
             accel: None,
             kernel: crate::cli::DEFAULT_KERNEL.into(),
+            backend: BackendName::Interval,
+            policy: None,
             driver: None,
             patches: Vec::new(),
             add: Vec::new(),

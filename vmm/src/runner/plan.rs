@@ -4,6 +4,7 @@
 use guest_protocol::{Plan, WORKLOADS, WorkloadPlan};
 
 use super::RunConfig;
+use crate::cli::BackendName;
 use crate::failure::{Failure, Result};
 
 /// The kernel's command line.
@@ -53,7 +54,16 @@ pub fn plan(config: &RunConfig) -> Plan {
         exec: config.exec.clone(),
         shell: config.shell,
         load_driver: true,
-        driver_parameters: String::new(),
+        driver_parameters: driver_parameters(config),
+    }
+}
+
+/// Parameters of the driver's module. A driver of the user's gets those that were asked for, and none that were not.
+fn driver_parameters(config: &RunConfig) -> String {
+    match (config.backend, config.policy) {
+        (BackendName::Interval, _) => String::new(),
+        (backend, None) => format!("backend={backend}"),
+        (backend, Some(policy)) => format!("backend={backend} mirror_policy={policy}"),
     }
 }
 
@@ -92,6 +102,15 @@ mod tests {
         assert_eq!(plan(&config).workloads[0], together.workloads[1]);
         assert_ne!(together.workloads[0].seed, together.workloads[1].seed);
         assert_ne!(workload_seed(1, "access"), workload_seed(2, "access"));
+    }
+
+    #[test]
+    fn the_module_is_told_its_backend() {
+        let mut config = RunConfig::for_tests();
+        assert_eq!(plan(&config).driver_parameters, "");
+        config.backend = BackendName::Mirror;
+        config.policy = Some(crate::cli::PolicyName::DropLock);
+        assert_eq!(plan(&config).driver_parameters, "backend=mirror mirror_policy=drop-lock");
     }
 
     #[test]

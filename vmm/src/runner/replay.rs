@@ -7,7 +7,7 @@ use guest_protocol::Extent;
 
 use super::RunConfig;
 use crate::cli::units::{show_millis, show_size};
-use crate::cli::{DEFAULT_CPUS, DEFAULT_KERNEL, DEFAULT_MACHINE};
+use crate::cli::{BackendName, DEFAULT_CPUS, DEFAULT_KERNEL, DEFAULT_MACHINE};
 
 /// Words as one line that a POSIX shell reads back as the same words.
 #[must_use]
@@ -56,6 +56,12 @@ pub fn command(config: &RunConfig, workload: Option<&str>) -> String {
         option("--cpus", config.cpus.to_string());
     }
     option("--memory", show_size(config.memory_bytes));
+    if config.backend != BackendName::Interval {
+        option("--backend", config.backend.to_string());
+    }
+    if let Some(policy) = config.policy {
+        option("--mirror-policy", policy.to_string());
+    }
     if let Some(driver) = &config.driver {
         option("--driver", absolute(driver));
     }
@@ -142,9 +148,12 @@ mod tests {
         config.nested = true;
         config.outer_cpus = 2;
         config.vfio = Some(crate::cli::vfio::Vfio::Edu);
+        config.backend = BackendName::Mirror;
+        config.policy = Some(crate::cli::PolicyName::SrcuNowait);
         let line = command(&config, Some("access"));
         assert!(line.contains(" --machine kvm --nested "), "{line}");
         assert!(line.contains(" --vfio edu "), "{line}");
+        assert!(line.contains(" --backend mirror --mirror-policy srcu-nowait "), "{line}");
         crate::cli::Cli::try_parse_from(line.split(' ')).expect(&line);
     }
 }
