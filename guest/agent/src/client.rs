@@ -181,6 +181,18 @@ impl Context {
         Ok(context)
     }
 
+    /// Binds a file that is open already, perhaps by another process. The witness is told by [`Context::associate`], which may
+    /// have to come after the first access.
+    pub(crate) fn on(file: Box<dyn DeviceFile>) -> Checked<Self> {
+        let handle = file.bind().doing("bind")?;
+        Ok(Self { file, handle })
+    }
+
+    /// Tells the witness whose address space this context mirrors: the caller's.
+    pub(crate) fn associate(&self, device: &dyn Device) -> Checked {
+        device.associate(self.handle).doing("associate")
+    }
+
     /// A driver may insert its notifier as late as at the first fault: has the device read a word, and tells the witness then.
     fn mirror(&self, device: &dyn Device) -> Checked {
         let map = Mapping::small(PAGE).doing("mmap")?;

@@ -3,16 +3,18 @@
 //!
 //! Afterwards the process's memory must be as before and every other context of it must still work.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::sys::mman::MmapAdvise;
 
 use super::Round;
 use super::release::{LONG, MEDIUM, Occupied};
 use crate::client::{Context, Job};
-use crate::device::Device;
-use crate::memory::{Mapping, Pattern, WINDOW};
-use crate::outcome::{Checked, Doing, describe, require};
+use crate::device::{Device, DeviceFile};
+use crate::memory::{Backing, HUGE, Mapping, PAGE, Pattern, WINDOW};
+use crate::outcome::{Checked, Doing, Failure, describe, require};
 use crate::process::{BOUND, Child, exit_now};
 use crate::rng::Rng;
 
@@ -24,7 +26,7 @@ const REBINDS: usize = 24;
 /// One round.
 pub(super) fn round(round: &mut Round<'_, '_>) {
     type Body = fn(&dyn Device, &mut Rng) -> Checked;
-    let bodies: [(&str, Body); 14] = [
+    let bodies: [(&str, Body); 19] = [
         ("close/idle", |device, rng| close(device, rng, false)),
         ("close/running", |device, rng| close(device, rng, true)),
         ("close/thread", close_from_thread),
@@ -36,6 +38,11 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
         ("unbind/idle", |device, rng| unbind(device, rng, false)),
         ("unbind/running", |device, rng| unbind(device, rng, true)),
         ("unbind/waiting", unbind_under_waiter),
+        ("close/faulting", |device, rng| end_faulting(device, rng, closing)),
+        ("unbind/faulting", |device, rng| end_faulting(device, rng, |file| file.unbind())),
+        ("close/changing", |device, rng| end_changing(device, rng, closing)),
+        ("unbind/changing", |device, rng| end_changing(device, rng, |file| file.unbind())),
+        ("bind-inherited", bind_inherited),
         ("rebind", rebind),
         ("unbound", never_bound),
         ("bind-twice", bind_twice),
@@ -204,7 +211,7 @@ fn unbind(device: &dyn Device, rng: &mut Rng, running: bool) -> Checked {
         Err(Errno::ENXIO) => {}
         other => {
             let found = other.map_or_else(describe, |()| "done".to_owned());
-            return Err(crate::outcome::Failure::wrong(format!("unbind of the unbound: {found}")));
+            return Err(Failure::wrong(format!("unbind of the unbound: {found}")));
         }
     }
     used.unharmed(&context)
@@ -227,6 +234,93 @@ fn unbind_under_waiter(device: &dyn Device, rng: &mut Rng) -> Checked {
         waited
     })?;
     used.unharmed(&context)
+}
+
+/// As UNBIND is called.
+fn closing(file: &dyn DeviceFile) -> Result<(), Errno> {
+    file.close();
+    Ok(())
+}
+
+/// Ends while its faults are being served, each of which needs page tables that are not there yet.
+fn end_faulting(
+    device: &dyn Device,
+    rng: &mut Rng,
+    end: impl Fn(&dyn DeviceFile) -> Result<(), Errno>,
+) -> Checked {
+    const BLOCKS: usize = 24;
+    let context = Context::bind(device)?;
+    let map = Mapping::new(BLOCKS * HUGE, HUGE, Backing::Anonymous).doing("mmap")?;
+    for queue in 0..2 {
+        let half = BLOCKS / 2;
+        let start = map.at(queue * half * HUGE);
+        context.submit(Job::strided_write(start, half as u64, HUGE, rng.next()).queue(queue as u32))?;
+    }
+    std::thread::sleep(Duration::from_micros(rng.below(4000)));
+    end(context.file()).doing("end")?;
+    // Its memory is there still, and another context has it all.
+    let next = Context::bind(device)?;
+    next.run(Job::strided_write(map.at(0), BLOCKS as u64, HUGE, 7))?.ok()?;
+    for block in 0..BLOCKS {
+        next.cpu_check(&map, block * HUGE, 8, Pattern { first: 7 + block as u64, step: 0 })?;
+    }
+    Ok(())
+}
+
+/// Ends while another thread takes away and changes what it has mapped.
+fn end_changing(
+    device: &dyn Device,
+    rng: &mut Rng,
+    end: impl Fn(&dyn DeviceFile) -> Result<(), Errno>,
+) -> Checked {
+    let context = Context::bind(device)?;
+    let used = Used::new(&context, rng)?;
+    let other = Mapping::small(WINDOW).doing("mmap")?;
+    other.touch(0, WINDOW);
+    context.fill(&other, 0, WINDOW, Pattern::ZERO)?;
+    used.read_for_long(&context, rng)?;
+    let seed = rng.next();
+    let over = AtomicBool::new(false);
+    let delay = Duration::from_micros(rng.below(1500));
+    std::thread::scope(|scope| {
+        let changing = scope.spawn(|| {
+            let mut rng = Rng::derived(seed, 0);
+            while !over.load(Ordering::Acquire) {
+                let at = rng.index(WINDOW / PAGE) * PAGE;
+                other.advise(at, PAGE, MmapAdvise::MADV_DONTNEED).doing("madvise")?;
+                other.store(at, 1);
+            }
+            Ok(())
+        });
+        std::thread::sleep(delay);
+        let ended = end(context.file()).doing("end");
+        over.store(true, Ordering::Release);
+        // A panic of the thread would be one of this program; it ends the case as a crash.
+        changing.join().unwrap_or(Ok(())).and(ended)
+    })?;
+    used.unharmed(&context)
+}
+
+/// A file that the parent opened is bound by its child, whose memory has gone its own way since.
+fn bind_inherited(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let map = Mapping::small(WINDOW).doing("mmap")?;
+    let (parents, childs) =
+        (Pattern { first: rng.next(), step: 1 }, Pattern { first: rng.next(), step: rng.next() | 1 });
+    map.fill(0, WINDOW, parents);
+    let file = device.open().doing("open")?;
+    let mut child = Child::spawn(|_| {
+        map.fill(0, WINDOW, childs);
+        let own = Context::on(file.duplicate().doing("dup")?)?;
+        own.check(&map, 0, WINDOW, childs).doing("the binder's memory")?;
+        own.associate(device)?;
+        own.fill(&map, 0, WINDOW, Pattern::ZERO)?;
+        own.cpu_check(&map, 0, WINDOW, Pattern::ZERO).doing("the binder's memory")
+    })?;
+    child.join()?;
+    match map.differs(0, WINDOW, parents) {
+        None => Ok(()),
+        Some((at, found)) => Err(Failure::cpu(0, map.at(at), parents.word(at), found)),
+    }
 }
 
 /// The device's contexts are used again at once, some while their engines were running.
