@@ -3,6 +3,7 @@
 
 pub mod examine;
 pub mod list;
+pub mod mutants;
 pub mod not_yet;
 pub mod report;
 pub mod units;
@@ -73,9 +74,9 @@ pub enum Command {
     /// PID 1 of the outer guest of `run --nested`
     #[command(hide = true, name = crate::nested::COMMAND)]
     NestedInside,
-    /// (not in this version)
-    #[command(hide = true, disable_help_flag = true)]
-    Mutants(Later),
+    /// Try broken drivers, which the oracle must find, or correct ones, in which it must find nothing
+    #[command(after_help = mutants::HELP)]
+    Mutants(Box<mutants::MutantsArgs>),
     /// (not in this version)
     #[command(hide = true, disable_help_flag = true)]
     Check(Later),

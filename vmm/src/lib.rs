@@ -9,6 +9,7 @@ pub mod event;
 pub mod failure;
 pub mod initramfs;
 pub mod machine;
+pub mod mutants;
 pub mod nested;
 pub mod process;
 pub mod provision;

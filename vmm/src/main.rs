@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use clap::Parser;
 use hmm_testbench::bench;
+use hmm_testbench::cli::mutants::MutantsArgs;
 use hmm_testbench::cli::{Cli, Command, DEFAULT_KERNEL, FormatName, examine, list, not_yet, report};
 use hmm_testbench::doctor::Doctor;
-use hmm_testbench::event::EventSink;
+use hmm_testbench::event::{Event, EventSink};
 use hmm_testbench::failure::Result;
 use hmm_testbench::nested;
 use hmm_testbench::provision::{Cache, Provisioner};
@@ -41,7 +42,7 @@ fn main() -> ExitCode {
         Command::List { kind, json } => list::print(kind, json, &mut std::io::stdout().lock()).map(|()| 0),
         Command::Bench { names, json } => bench::run(&names, json, human.clone()),
         Command::NestedInside => nested::inside::main(),
-        Command::Mutants(_) => Err(not_yet::not_in_this_version("`mutants`")),
+        Command::Mutants(args) => mutants(&args, &words, human.clone()),
         Command::Check(_) => Err(not_yet::not_in_this_version("`check`")),
         Command::Campaign(_) => Err(not_yet::not_in_this_version("`campaign`")),
         Command::Report(args) => report::print(&args, &human, &mut std::io::stdout().lock()),
@@ -60,6 +61,18 @@ fn run(config: &RunConfig, events: &Arc<dyn EventSink>, reporter: &dyn Reporter)
         reporter.failure(failure);
     }
     Ok(outcome.results.exit_status)
+}
+
+fn mutants(args: &MutantsArgs, words: &[String], human: Arc<dyn EventSink>) -> Result<u8> {
+    // Standard output is for the lines that a program reads.
+    let quiet = |event: Event| {
+        if let Event::StepStart { about, .. } = event {
+            eprintln!("{about} ...");
+        }
+    };
+    let steps: Arc<dyn EventSink> = if args.json { Arc::new(quiet) } else { human };
+    let program = words.first().map_or("hmm-testbench", String::as_str);
+    hmm_testbench::mutants::run(args, program, &steps, &*signals::interrupted()?)
 }
 
 fn doctor(json: bool) -> Result<u8> {

@@ -57,7 +57,6 @@ fn what_this_version_lacks_is_said() {
         &["run", "--allow", "x"],
         &["run", "--format", "ktap"],
         &["run", "--format", "junit"],
-        &["mutants", "--json"],
         &["check", "trace"],
         &["campaign", "run"],
     ] {

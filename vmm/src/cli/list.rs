@@ -46,7 +46,7 @@ fn entries(kind: ListKind) -> Result<Vec<Entry>> {
             .map(|mutant| Entry {
                 name: mutant.name,
                 about: mutant.about,
-                rule: Some(mutant.rule.name().to_owned()),
+                rule: mutant.rule.map(|rule| rule.name().to_owned()),
                 path: Some(mutant.path),
             })
             .collect(),

@@ -47,7 +47,7 @@ struct Step {
 
 /// What a text is, and so its colour.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Tone {
+pub(crate) enum Tone {
     Strong,
     Good,
     Bad,
@@ -87,7 +87,7 @@ impl Human {
     }
 
     /// `text` in the colour of `tone`, if there are colours.
-    pub(super) fn paint(&self, tone: Tone, text: &str) -> String {
+    pub(crate) fn paint(&self, tone: Tone, text: &str) -> String {
         if !self.colours {
             return text.to_owned();
         }

@@ -7,6 +7,7 @@ mod broken;
 mod clean;
 mod hang;
 mod lost;
+mod mutants;
 mod nested;
 mod paths;
 mod support;
