@@ -151,6 +151,8 @@
 #define VGPU_CMD_OP_FAULT_CANCEL 0x10
 /* Raises VECTOR_EVENT when every command before it has completed. */
 #define VGPU_CMD_OP_INTERRUPT 0x11
+/* `OP_CTX_BIND` arg0: the context is the driver's own, for copies say, and mirrors no address space. */
+#define VGPU_CMD_TAG_NONE 0x0
 /* `OP_GRANT` arg0: a page for page tables. */
 #define VGPU_CMD_PAGE_TABLE 0x1
 /* `OP_GRANT` arg0: a data page of BAR2. */
@@ -261,6 +263,10 @@
 #define WITNESS_REC_MM_STRANDED 0xc
 /* How the kernel writes its page tables, once, after HELLO: arg0 bits 0-7 paging levels (4 or 5), 8-15 bits of a frame number in a swap offset, 16-23 bits of a swap type, 24-31 lowest bit of a swap offset, arg1 frame mask of an entry (PTE_PFN_MASK), arg2 and arg3 eight types each, a byte each from the lowest, 0xff = not in this kernel: arg2 migration read, migration read exclusive, migration write, device private read, device private write, device exclusive (newer kernels), device exclusive read, device exclusive write (older ones); arg3 hwpoison, marker, swapin error, first number that is no swap file. */
 #define WITNESS_REC_CPU_FORMAT 0xd
+/* memremap_pages has returned a range of device-private memory: arg0 its first frame number, arg1 its last, arg2 a number that names its owner. */
+#define WITNESS_REC_DEVICE_PRIVATE_ADDED 0xe
+/* memunmap_pages was called for it, and waits until none of its pages is in use: arguments as in DEVICE_PRIVATE_ADDED. */
+#define WITNESS_REC_DEVICE_PRIVATE_REMOVED 0xf
 /* The start of an invalidation has returned 0 for an address space that a context mirrors: arg0 first address, arg1 last address, arg2 event | flags | slot << 32 (both in the next section), arg3 its number, never reused. */
 #define WITNESS_REC_RANGE_START 0x14
 /* The end of an invalidation has been entered, of event PROTECTION_VMA only: arguments as in RANGE_START. */

@@ -226,7 +226,10 @@ int moments_register(void)
 			return ret;
 		}
 	}
-	return 0;
+	ret = pgmap_register();
+	if (ret)
+		moments_unregister();
+	return ret;
 }
 
 /**
@@ -235,6 +238,7 @@ int moments_register(void)
 void moments_start(void)
 {
 	WRITE_ONCE(started, true);
+	pgmap_start();
 }
 
 /**
@@ -247,6 +251,7 @@ void moments_unregister(void)
 	unsigned int i;
 
 	WRITE_ONCE(started, false);
+	pgmap_unregister();
 	for (i = 0; i < ARRAY_SIZE(probes); i++)
 		missed_before += witness_probe_unregister(&probes[i]);
 }
@@ -256,7 +261,8 @@ void moments_unregister(void)
  */
 u64 moments_missed(void)
 {
-	u64 missed = missed_before + mm_table_missed() + ranges_missed();
+	u64 missed = missed_before + mm_table_missed() + ranges_missed() +
+		     pgmap_missed();
 	unsigned int i;
 
 	for (i = 0; i < ARRAY_SIZE(probes); i++)

@@ -7,6 +7,7 @@
 
 #include "compat.h"
 
+struct dev_pagemap;
 struct mm_struct;
 struct mmu_notifier_range;
 
@@ -15,12 +16,14 @@ struct mmu_notifier_range;
  * @mm: the address space; a key only, since it can be gone at the exit
  * @id: its id, where the probe's entry has looked it up
  * @range: an invalidation's range, which its caller keeps until its end
+ * @pgmap: a range of device memory, which its caller keeps
  * @empty: it had no mapping, where the probe's entry has looked
  */
 struct witness_call {
 	const struct mm_struct *mm;
 	u64 id;
 	const struct mmu_notifier_range *range;
+	const struct dev_pagemap *pgmap;
 	bool empty;
 };
 

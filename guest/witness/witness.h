@@ -61,6 +61,12 @@ void moments_start(void);
 void moments_unregister(void);
 u64 moments_missed(void);
 
+/* pgmap.c: ranges of device-private memory. */
+int pgmap_register(void);
+void pgmap_start(void);
+void pgmap_unregister(void);
+u64 pgmap_missed(void);
+
 /* format.c */
 void format_report(void);
 

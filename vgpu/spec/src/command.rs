@@ -65,6 +65,9 @@ crate::constants! {
     /// Raises VECTOR_EVENT when every command before it has completed.
     OP_INTERRUPT: u16 = 17;
 
+    /// `OP_CTX_BIND` arg0: the context is the driver's own, for copies say, and mirrors no address space.
+    TAG_NONE: u64 = 0;
+
     /// `OP_GRANT` arg0: a page for page tables.
     PAGE_TABLE: u16 = 1;
     /// `OP_GRANT` arg0: a data page of BAR2.

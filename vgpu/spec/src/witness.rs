@@ -63,6 +63,10 @@ crate::constants! {
     MM_STRANDED: u32 = 12;
     /// How the kernel writes its page tables, once, after HELLO: arg0 bits 0-7 paging levels (4 or 5), 8-15 bits of a frame number in a swap offset, 16-23 bits of a swap type, 24-31 lowest bit of a swap offset, arg1 frame mask of an entry (PTE_PFN_MASK), arg2 and arg3 eight types each, a byte each from the lowest, 0xff = not in this kernel: arg2 migration read, migration read exclusive, migration write, device private read, device private write, device exclusive (newer kernels), device exclusive read, device exclusive write (older ones); arg3 hwpoison, marker, swapin error, first number that is no swap file.
     CPU_FORMAT: u32 = 13;
+    /// memremap_pages has returned a range of device-private memory: arg0 its first frame number, arg1 its last, arg2 a number that names its owner.
+    DEVICE_PRIVATE_ADDED: u32 = 14;
+    /// memunmap_pages was called for it, and waits until none of its pages is in use: arguments as in DEVICE_PRIVATE_ADDED.
+    DEVICE_PRIVATE_REMOVED: u32 = 15;
     /// The start of an invalidation has returned 0 for an address space that a context mirrors: arg0 first address, arg1 last address, arg2 event | flags | slot << 32 (both in the next section), arg3 its number, never reused.
     RANGE_START: u32 = 20;
     /// The end of an invalidation has been entered, of event PROTECTION_VMA only: arguments as in RANGE_START.

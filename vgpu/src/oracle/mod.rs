@@ -296,8 +296,8 @@ impl Oracle {
             }
             witness::MM_STRANDED => self.left(|state, found| state.stranded(record.mm, found)),
             witness::BYE => self.left(|state, found| state.bye(arg, found)),
-            // CPU_FORMAT is for the walk of the CPU's tables.
-            witness::MESSAGE => {}
+            // Which frames are device-private is for the walk of the CPU's tables to know.
+            witness::MESSAGE | witness::DEVICE_PRIVATE_ADDED | witness::DEVICE_PRIVATE_REMOVED => {}
             _ => self.state.lock().bad_records += 1,
         }
     }

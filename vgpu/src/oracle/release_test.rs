@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use vgpu_spec::command::TAG_NONE;
 use vgpu_spec::handle::Handle;
 use vgpu_spec::pte::ADDRESS;
 use vgpu_spec::witness;
@@ -303,6 +304,28 @@ fn a_context_of_the_drivers_own_is_nobodys() {
     b.exit(1);
     b.clean();
     assert_eq!(b.oracle.counters().unassociated_contexts, 1);
+}
+
+#[test]
+fn a_context_that_is_said_to_be_the_drivers_own_is_nobodys() {
+    let b = bench();
+    b.begin(1);
+    b.oracle.event(E::ContextBound { ctx: ctx(0, 1), tag: TAG_NONE });
+    b.map(ctx(0, 1), VA);
+    // The one that is left is that address space's.
+    b.bind(ctx(1, 1));
+    b.map(ctx(1, 1), VA);
+    b.say(witness::MM_RELEASED, 1, 0);
+    assert_eq!(b.rules(), ["release/late"]);
+    assert_eq!(b.oracle.counters().unassociated_contexts, 0);
+    // What a workload says counts for more.
+    let b = bench();
+    b.begin(1);
+    b.oracle.event(E::ContextBound { ctx: ctx(0, 1), tag: TAG_NONE });
+    b.say(witness::ASSOCIATE, 1, ctx(0, 1).0);
+    b.map(ctx(0, 1), VA);
+    b.say(witness::MM_RELEASED, 1, 0);
+    assert_eq!(b.rules(), ["release/late"]);
 }
 
 #[test]

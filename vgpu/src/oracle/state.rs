@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
+use vgpu_spec::command::TAG_NONE;
 use vgpu_spec::handle::{Handle, Kind};
 use vgpu_spec::pte;
 
@@ -95,7 +96,7 @@ pub(super) struct Context {
     pub(super) mm: Option<u64>,
     /// The workload said so.
     pub(super) by_word: bool,
-    /// It has been counted as some address space's.
+    /// It has been counted as some address space's, or as nobody's.
     pub(super) associated: bool,
     pub(super) seen: Seen,
     pub(super) released: bool,
@@ -220,7 +221,12 @@ impl State {
     pub(super) fn device(&mut self, event: &DeviceEvent, watched: &Watched, found: &mut Vec<Finding>) {
         use DeviceEvent as E;
         match *event {
-            E::ContextBound { ctx, .. } => self.bind(ctx, watched),
+            E::ContextBound { ctx, tag } => {
+                self.bind(ctx, watched);
+                if tag == TAG_NONE {
+                    self.nobodys(ctx);
+                }
+            }
             E::ContextReleased { ctx } => {
                 if let Some(context) = self.contexts.get_mut(&ctx.0) {
                     context.released = true;
@@ -336,6 +342,14 @@ impl State {
         let live = self.contexts.values_mut().filter(its).count();
         if mm.counted && u64::try_from(mm.notifiers) == Ok(live as u64) {
             self.contexts.values_mut().filter(its).for_each(|context| context.removed = mm.removed);
+        }
+    }
+
+    /// The driver says that the context mirrors no address space. The workload's word still decides.
+    fn nobodys(&mut self, ctx: Handle) {
+        if let Some(context) = self.contexts.get_mut(&ctx.0) {
+            self.associated += u64::from(!context.associated);
+            context.associated = true;
         }
     }
 

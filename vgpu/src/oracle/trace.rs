@@ -241,6 +241,12 @@ fn witness(out: &mut String, record: &witness::Record) -> std::fmt::Result {
             None => write!(out, "invalidation that makes no sense"),
         },
         witness::CPU_FORMAT => write!(out, "{} levels of page tables", arg & 0xff),
+        witness::DEVICE_PRIVATE_ADDED => {
+            write!(out, "frames {arg:#x} to {:#x} are device-private memory", record.arg[1])
+        }
+        witness::DEVICE_PRIVATE_REMOVED => {
+            write!(out, "frames {arg:#x} to {:#x} are no device-private memory any more", record.arg[1])
+        }
         other => write!(out, "record {other}"),
     }?;
     write!(out, " (task {}/{}, cpu {})", record.tgid, record.pid, record.cpu)
