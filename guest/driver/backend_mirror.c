@@ -200,6 +200,9 @@ static void mirror_fault_begin(struct vgpu_ctx *ctx, const struct vgpu_fault *fa
 	struct vgpu_client *client = ctx->client;
 	unsigned long base = le64_to_cpu(fault->va) & ~(VGPU_HUGE_SIZE - 1);
 
+	/* The copy context of devmem.c mirrors nobody. */
+	if (!client)
+		return;
 	/* If it has ended, the fault worker will find so too. */
 	if (hmm_range_register(&client->range, &client->mirror, base, base + VGPU_HUGE_SIZE))
 		return;

@@ -195,8 +195,9 @@ void vgpu_ctx_stop(struct vgpu_ctx *ctx)
  * @ctx: the context; the caller's reference is dropped
  *
  * The order matters. Stopped first, so that no device mapping outlives the
- * notifier. Then out of the interrupts' sight, and the fault worker at an end,
- * since it uses the notifier. Then the notifier goes, and nobody but us knows the
+ * notifier. Then out of the interrupts' sight, its device-private pages evicted
+ * while it can still return them, and the fault worker at an end, since it uses
+ * the notifier. Then the notifier goes, and nobody but us knows the
  * context. Then all that was granted is returned, and CTX_UNBIND is the last
  * command that names it. Only then is memory freed that the device has used.
  *
@@ -217,6 +218,7 @@ void vgpu_ctx_destroy(struct vgpu_ctx *ctx)
 	spin_lock(&ctx->fault_lock);
 	ctx->closed = true;
 	spin_unlock(&ctx->fault_lock);
+	vgpu_devmem_close(ctx);
 	cancel_work_sync(&ctx->work);
 
 	vgpu_backend->end(ctx);

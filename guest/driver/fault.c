@@ -81,6 +81,11 @@ static void vgpu_fault_serve(struct vgpu_ctx *ctx, const struct vgpu_fault *faul
 {
 	int ret = -ESRCH;
 
+	/* The copy context maps what it copies, and mirrors nobody: its job ends. */
+	if (!ctx->mm) {
+		vgpu_fault_answer(ctx, fault, false);
+		return;
+	}
 	if (READ_ONCE(ctx->stopped))
 		return;
 	if (mmget_not_zero(ctx->mm)) {

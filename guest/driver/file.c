@@ -121,6 +121,8 @@ static int vgpu_bind_locked(struct vgpu_file *file, u64 *handle)
 		return ret;
 	}
 	*handle = ctx->handle;
+	/* Nothing can be submitted yet. */
+	ctx->atomics = vgpu_exclusive_mode(vdev);
 	file->ctx = ctx;
 	return 0;
 }
@@ -201,6 +203,30 @@ static int vgpu_ioctl_wait(struct vgpu_file *file, void __user *user)
 	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
 }
 
+static int vgpu_ioctl_migrate(struct vgpu_file *file, void __user *user, bool to_device)
+{
+	struct hmm_vgpu_migrate arg;
+	struct vgpu_ctx *ctx;
+	int ret;
+
+	if (copy_from_user(&arg, user, sizeof(arg)))
+		return -EFAULT;
+
+	ctx = vgpu_file_ctx(file);
+	if (IS_ERR(ctx))
+		return PTR_ERR(ctx);
+	if (READ_ONCE(ctx->stopped))
+		ret = -ESRCH;
+	else if (current->mm != ctx->mm)
+		ret = -EPERM;
+	else
+		ret = vgpu_migrate(ctx, &arg, to_device);
+	vgpu_ctx_put(ctx);
+	if (ret)
+		return ret;
+	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
+}
+
 static int vgpu_ioctl_query(struct vgpu_file *file, void __user *user)
 {
 	struct hmm_vgpu_query arg = { .queues = HMM_VGPU_QUEUES };
@@ -220,6 +246,8 @@ static int vgpu_ioctl_query(struct vgpu_file *file, void __user *user)
 		arg.invalidations = atomic64_read(&ctx->invalidations);
 		arg.mapped_pages = atomic64_read(&ctx->mapped_pages);
 		arg.huge_maps = atomic64_read(&ctx->huge_maps);
+		arg.device_pages = atomic_read(&ctx->device_pages);
+		arg.cpu_faults = atomic64_read(&ctx->cpu_faults);
 		vgpu_ctx_put(ctx);
 	}
 	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
@@ -278,6 +306,10 @@ static long vgpu_ioctl(struct file *filp, unsigned int cmd, unsigned long data)
 		return vgpu_ioctl_layer(user);
 	case HMM_VGPU_ACT:
 		return vgpu_ioctl_act(file, user);
+	case HMM_VGPU_MIGRATE_TO_DEVICE:
+		return vgpu_ioctl_migrate(file, user, true);
+	case HMM_VGPU_MIGRATE_TO_SYSTEM:
+		return vgpu_ioctl_migrate(file, user, false);
 	default:
 		return -ENOTTY;
 	}

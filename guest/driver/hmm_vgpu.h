@@ -15,6 +15,9 @@
  *	pgtable.c		leaves: map and zap
  *	fault.c			serving a context's faults
  *	mirror_interval.c	the notifier, and pages through hmm_range_fault
+ *	exclusive.c		pages for atomics that are not coherent with the CPU's
+ *	devmem.c		VRAM as device-private pages: who has which, copies
+ *	migrate.c		migration to the device and back
  *
  * The backend is chosen when the module is loaded. For backend=mirror there are
  *
@@ -27,7 +30,9 @@
  *
  *	vgpu_device.files_lock	list of open files
  *	vgpu_file.lock		which context the file has
- *	mmap_lock		bind (inserting the notifier); faults
+ *	mmap_lock		bind (inserting the notifier); faults; migration
+ *	page locks		migration
+ *	vgpu_devmem.copy_lock	copies, grants of VRAM
  *	-- reclaim and the invalidate callback come in here --
  *	(backend=mirror: the locks of mirror_layer.h)
  *	vgpu_ctx.pt_lock	page tables, sequence check, answers to faults
@@ -96,6 +101,19 @@ static_assert(PAGE_SHIFT == 12);
 struct hmm_mirror_range;
 struct vgpu_client;
 struct vgpu_ctx;
+struct vgpu_devmem;
+
+/**
+ * enum vgpu_atomics - how a context's atomics get at system memory
+ * @VGPU_ATOMICS_NONE: not at all
+ * @VGPU_ATOMICS_COHERENT: like writes; the platform makes them coherent
+ * @VGPU_ATOMICS_EXCLUSIVE: while the CPUs are kept away from the page
+ */
+enum vgpu_atomics {
+	VGPU_ATOMICS_NONE,
+	VGPU_ATOMICS_COHERENT,
+	VGPU_ATOMICS_EXCLUSIVE,
+};
 
 /**
  * struct vgpu_cmd_ring - the device's command ring
@@ -151,6 +169,7 @@ struct vgpu_fault_ring {
  * @contexts: how many contexts the device has
  * @table_pages: how many table pages the device has
  * @atomics: device atomics on system memory are coherent with the CPU's
+ * @devmem: its memory as device-private pages, or NULL
  * @table_lock: @table_map
  * @table_map: which table pages are granted
  * @ctx_lock: @ctx
@@ -173,6 +192,7 @@ struct vgpu_device {
 	u32 contexts;
 	u32 table_pages;
 	bool atomics;
+	struct vgpu_devmem *devmem;
 
 	spinlock_t table_lock;
 	unsigned long *table_map;
@@ -310,6 +330,9 @@ struct vgpu_table {
  * @invalidations: -
  * @mapped_pages: -
  * @huge_maps: -
+ * @device_pages: -
+ * @cpu_faults: -
+ * @atomics: how its atomics get at system memory
  *
  * @sync: the notifier whose sequence counts: @notifier, or the mirror layer's
  * @client: what the mirror backend has registered, or NULL
@@ -350,6 +373,9 @@ struct vgpu_ctx {
 	atomic64_t invalidations;
 	atomic64_t mapped_pages;
 	atomic64_t huge_maps;
+	atomic_t device_pages;
+	atomic64_t cpu_faults;
+	enum vgpu_atomics atomics;
 
 	struct mmu_interval_notifier *sync;
 	struct vgpu_client *client;
@@ -516,6 +542,7 @@ int vgpu_pt_map(struct vgpu_ctx *ctx, unsigned long start,
 		const unsigned long *pfns, unsigned long count,
 		unsigned long must);
 int vgpu_pt_map_huge(struct vgpu_ctx *ctx, unsigned long va, unsigned long hmm_pfn);
+int vgpu_pt_map_exclusive(struct vgpu_ctx *ctx, unsigned long va, unsigned long pfn);
 
 /* fault.c */
 void vgpu_fault_work(struct work_struct *work);
@@ -523,7 +550,61 @@ void vgpu_fault_queue(struct vgpu_ctx *ctx, const struct vgpu_fault *fault);
 void vgpu_fault_answer_locked(struct vgpu_ctx *ctx,
 			      const struct vgpu_fault *fault, bool replay);
 
+/* exclusive.c */
+enum vgpu_atomics vgpu_exclusive_mode(struct vgpu_device *vdev);
+bool vgpu_exclusive_is_own(const struct vgpu_ctx *ctx,
+			   const struct mmu_notifier_range *range);
+bool vgpu_exclusive_invalidate(struct vgpu_ctx *ctx,
+			       const struct mmu_notifier_range *range);
+int vgpu_exclusive_fault(struct vgpu_ctx *ctx, const struct vgpu_fault *fault);
+
+#if VGPU_DEVMEM
+/* devmem.c */
+void vgpu_devmem_init(struct vgpu_device *vdev);
+void vgpu_devmem_shut(struct vgpu_device *vdev);
+void vgpu_devmem_close(struct vgpu_ctx *ctx);
+void vgpu_devmem_fini(struct vgpu_device *vdev);
+void vgpu_devmem_release(struct vgpu_device *vdev);
+u64 vgpu_devmem_leaf(struct vgpu_device *vdev, unsigned long pfn);
+bool vgpu_devmem_usable(struct vgpu_ctx *ctx, unsigned long pfn);
+int vgpu_devmem_claim(struct vgpu_ctx *ctx, const unsigned long *pfns,
+		      unsigned long count, bool write);
+
+/* migrate.c */
+int vgpu_migrate(struct vgpu_ctx *ctx, struct hmm_vgpu_migrate *arg, bool to_device);
+#else
+static inline void vgpu_devmem_init(struct vgpu_device *vdev) {}
+static inline void vgpu_devmem_shut(struct vgpu_device *vdev) {}
+static inline void vgpu_devmem_close(struct vgpu_ctx *ctx) {}
+static inline void vgpu_devmem_fini(struct vgpu_device *vdev) {}
+static inline void vgpu_devmem_release(struct vgpu_device *vdev) {}
+
+static inline u64 vgpu_devmem_leaf(struct vgpu_device *vdev, unsigned long pfn)
+{
+	return 0;
+}
+
+static inline bool vgpu_devmem_usable(struct vgpu_ctx *ctx, unsigned long pfn)
+{
+	return true;
+}
+
+static inline int vgpu_devmem_claim(struct vgpu_ctx *ctx, const unsigned long *pfns,
+				    unsigned long count, bool write)
+{
+	return 0;
+}
+
+static inline int vgpu_migrate(struct vgpu_ctx *ctx, struct hmm_vgpu_migrate *arg,
+			       bool to_device)
+{
+	return -EOPNOTSUPP;
+}
+#endif
+
 /* mirror_interval.c */
+bool vgpu_mirror_allowed(struct vgpu_ctx *ctx, const struct vm_area_struct *vma,
+			 u32 access);
 extern const struct vgpu_backend vgpu_backend_interval;
 int vgpu_mirror_begin(struct vgpu_ctx *ctx, struct mm_struct *mm);
 void vgpu_mirror_end(struct vgpu_ctx *ctx);

@@ -47,6 +47,7 @@ static void vgpu_device_free(struct kref *ref)
 
 	bitmap_free(vdev->table_map);
 	kvfree(vdev->ctx);
+	vgpu_devmem_release(vdev);
 	kfree(vdev);
 }
 
@@ -146,16 +147,18 @@ static int vgpu_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	vgpu_cmd_start(vdev);
 	vgpu_irq_start(vdev);
 	vgpu_write(vdev, VGPU_REG_CTRL, VGPU_CTRL_ENABLE);
+	vgpu_devmem_init(vdev);
 
 	pci_set_drvdata(pdev, vdev);
 	ret = misc_register(&vdev->misc);
 	if (ret)
-		goto err_irq;
+		goto err_devmem;
 	dev_info(&pdev->dev, "/dev/%s: %u contexts, %u table pages, %d interrupt vectors\n",
 		 vdev->name, vdev->contexts, vdev->table_pages, vdev->vectors);
 	return 0;
 
-err_irq:
+err_devmem:
+	vgpu_devmem_fini(vdev);
 	vgpu_write(vdev, VGPU_REG_CTRL, 0);
 	vgpu_irq_stop(vdev);
 	vgpu_irq_fini(vdev);
@@ -186,6 +189,7 @@ static void vgpu_remove(struct pci_dev *pdev)
 	ida_free(&vgpu_ids, vdev->id);
 	vgpu_files_detach(vdev);
 
+	vgpu_devmem_fini(vdev);
 	vgpu_irq_stop(vdev);
 	vgpu_write(vdev, VGPU_REG_CTRL, 0);
 	vgpu_cmd_kill(vdev, NULL);
@@ -200,11 +204,15 @@ static void vgpu_remove(struct pci_dev *pdev)
 /*
  * A reset makes the device forget everything it was told. Contexts have users,
  * who cannot be moved to new ones behind their backs: so the device counts as
- * dead, every wait ends, and binding the driver anew begins from scratch.
+ * dead, every wait ends, and binding the driver anew begins from scratch. What
+ * memory it has is brought home before.
  */
 static void vgpu_reset_prepare(struct pci_dev *pdev)
 {
-	vgpu_cmd_kill(pci_get_drvdata(pdev), "the device is being reset");
+	struct vgpu_device *vdev = pci_get_drvdata(pdev);
+
+	vgpu_devmem_shut(vdev);
+	vgpu_cmd_kill(vdev, "the device is being reset");
 }
 
 static const struct pci_error_handlers vgpu_err_handlers = {

@@ -23,6 +23,9 @@ static bool vgpu_mirror_invalidate(struct mmu_interval_notifier *notifier,
 	struct vgpu_ctx *ctx = container_of(notifier, struct vgpu_ctx, notifier);
 	bool may_sleep = mmu_notifier_range_blockable(range);
 
+	if (vgpu_exclusive_is_own(ctx, range))
+		return vgpu_exclusive_invalidate(ctx, range);
+
 	if (may_sleep)
 		mutex_lock(&ctx->pt_lock);
 	else if (!mutex_trylock(&ctx->pt_lock))
@@ -81,24 +84,43 @@ void vgpu_mirror_end(struct vgpu_ctx *ctx)
  * struct vgpu_window - pages looked at for one fault
  * @range: for hmm_range_fault()
  * @must: index of the page that faulted
+ * @wanted: how many pages from there on the access wants
  * @huge: the CPU maps 2 MiB here, and all of them are in the vma
  */
 struct vgpu_window {
 	struct hmm_range range;
 	unsigned long must;
+	unsigned long wanted;
 	bool huge;
 };
 
 /* Whether a vma allows an access; HMM would say so too, but later. */
-static bool vgpu_mirror_allowed(struct vgpu_ctx *ctx,
-				const struct vm_area_struct *vma, u32 access)
+bool vgpu_mirror_allowed(struct vgpu_ctx *ctx, const struct vm_area_struct *vma,
+			 u32 access)
 {
-	if (access & VGPU_FAULT_ACCESS_ATOMIC && !ctx->vdev->atomics)
+	if (access & VGPU_FAULT_ACCESS_ATOMIC && ctx->atomics == VGPU_ATOMICS_NONE)
 		return false;
 	if (access & (VGPU_FAULT_ACCESS_WRITE | VGPU_FAULT_ACCESS_ATOMIC) &&
 	    !(vma->vm_flags & VM_WRITE))
 		return false;
 	return vma->vm_flags & VM_READ;
+}
+
+/* Makes sure that what was found can be mapped for the access. */
+static int vgpu_mirror_claim(struct vgpu_ctx *ctx, u32 access, struct vgpu_window *w)
+{
+	return vgpu_devmem_claim(ctx, &ctx->pfns[w->must], w->wanted,
+				 access & (VGPU_FAULT_ACCESS_WRITE |
+					   VGPU_FAULT_ACCESS_ATOMIC));
+}
+
+/* Whether the page must be made exclusive first. */
+static bool vgpu_mirror_wants_exclusive(struct vgpu_ctx *ctx, u32 access,
+					const struct vgpu_window *w)
+{
+	return access & VGPU_FAULT_ACCESS_ATOMIC &&
+	       ctx->atomics == VGPU_ATOMICS_EXCLUSIVE &&
+	       !vgpu_devmem_leaf(ctx->vdev, ctx->pfns[w->must] & ~HMM_PFN_FLAGS);
 }
 
 /**
@@ -133,6 +155,8 @@ static int vgpu_mirror_look(struct vgpu_ctx *ctx, const struct vgpu_fault *fault
 		.notifier_seq = vgpu_backend->read_begin(ctx),
 		.hmm_pfns = ctx->pfns,
 		.pfn_flags_mask = HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE,
+		/* Our own device-private pages are reported, and not faulted in. */
+		.dev_private_owner = ctx->vdev,
 	};
 
 	mmap_read_lock(ctx->mm);
@@ -150,6 +174,7 @@ static int vgpu_mirror_look(struct vgpu_ctx *ctx, const struct vgpu_fault *fault
 	w->range.start = start;
 	w->range.end = end;
 	w->must = (page - start) >> PAGE_SHIFT;
+	w->wanted = (min(wanted, end) - page) >> PAGE_SHIFT;
 	for (i = 0; i < (end - start) >> PAGE_SHIFT; i++) {
 		unsigned long at = start + (i << PAGE_SHIFT);
 
@@ -197,6 +222,7 @@ int vgpu_mirror_fault(struct vgpu_ctx *ctx, const struct vgpu_fault *fault)
 {
 	unsigned long deadline = jiffies + msecs_to_jiffies(HMM_RANGE_DEFAULT_TIMEOUT);
 	u64 bytes = le64_to_cpu(fault->bytes);
+	u32 access = le32_to_cpu(fault->access);
 	struct vgpu_window w;
 	bool small = false;
 	int ret;
@@ -218,6 +244,13 @@ int vgpu_mirror_fault(struct vgpu_ctx *ctx, const struct vgpu_fault *fault)
 		}
 		if (ret)
 			return ret;
+		ret = vgpu_mirror_claim(ctx, access, &w);
+		if (ret)
+			continue;
+		if (vgpu_mirror_wants_exclusive(ctx, access, &w)) {
+			ret = vgpu_exclusive_fault(ctx, fault);
+			continue;
+		}
 
 		w.huge = w.huge && !small;
 		ret = vgpu_table_prepare(ctx, le64_to_cpu(fault->va), w.huge ? 1 : 0);

@@ -127,6 +127,15 @@ static void vgpu_pt_clear_run(struct vgpu_ctx *ctx, struct vgpu_table *t,
 	span->last = max(span->last, t->base + ((u64)(first + count) << shift) - 1);
 }
 
+/* As vgpu_pt_drop(). What comes back from VRAM counts as dirty, whoever wrote it. */
+static void vgpu_pt_drop_vram(struct vgpu_ctx *ctx, struct vgpu_table *t, unsigned int i)
+{
+	WRITE_ONCE(t->pte[i], 0);
+	t->slot[i].pfn = 0;
+	atomic64_dec(&ctx->mapped_pages);
+	vgpu_table_account(ctx, t, -1);
+}
+
 /* Forgets one leaf. The device does not use it any more. */
 static void vgpu_pt_drop(struct vgpu_ctx *ctx, struct vgpu_table *t, unsigned int i)
 {
@@ -134,6 +143,10 @@ static void vgpu_pt_drop(struct vgpu_ctx *ctx, struct vgpu_table *t, unsigned in
 	unsigned long pages = pte & VGPU_PTE_HUGE ? VGPU_HUGE_PAGES : 1;
 	struct folio *folio = page_folio(pfn_to_page(t->slot[i].pfn));
 
+	if (pte & VGPU_PTE_VRAM) {
+		vgpu_pt_drop_vram(ctx, t, i);
+		return;
+	}
 	dma_unmap_page(&ctx->vdev->pdev->dev, pte & VGPU_PTE_ADDRESS,
 		       pages << PAGE_SHIFT,
 		       pte & VGPU_PTE_WRITE ? DMA_BIDIRECTIONAL : DMA_TO_DEVICE);
@@ -209,15 +222,21 @@ void vgpu_pt_drop_all(struct vgpu_ctx *ctx)
 
 static u64 vgpu_pt_rights(struct vgpu_ctx *ctx, unsigned long hmm_pfn)
 {
+	bool atomic = ctx->atomics == VGPU_ATOMICS_COHERENT;
+
 	if (!(hmm_pfn & HMM_PFN_WRITE))
 		return 0;
-	return ctx->vdev->atomics ? VGPU_PTE_RIGHTS : VGPU_PTE_WRITE;
+	/* No CPU gets at the device's own memory. */
+	if (vgpu_devmem_leaf(ctx->vdev, hmm_pfn & ~HMM_PFN_FLAGS))
+		atomic = ctx->atomics != VGPU_ATOMICS_NONE;
+	return atomic ? VGPU_PTE_RIGHTS : VGPU_PTE_WRITE;
 }
 
 /* Whether hmm_range_fault() has found a page that can be mapped. */
-static bool vgpu_pt_usable(unsigned long hmm_pfn)
+static bool vgpu_pt_usable(struct vgpu_ctx *ctx, unsigned long hmm_pfn)
 {
-	return (hmm_pfn & (HMM_PFN_VALID | HMM_PFN_ERROR)) == HMM_PFN_VALID;
+	return (hmm_pfn & (HMM_PFN_VALID | HMM_PFN_ERROR)) == HMM_PFN_VALID &&
+	       vgpu_devmem_usable(ctx, hmm_pfn & ~HMM_PFN_FLAGS);
 }
 
 /* Whether a valid leaf is what it should be. */
@@ -250,6 +269,23 @@ static int vgpu_pt_set(struct vgpu_ctx *ctx, struct vgpu_table *t, unsigned int 
 	WRITE_ONCE(t->pte[i], cpu_to_le64(VGPU_PTE_VALID | rights | dma |
 					  (huge ? VGPU_PTE_HUGE : 0)));
 	atomic64_add(size >> PAGE_SHIFT, &ctx->mapped_pages);
+	vgpu_table_account(ctx, t, 1);
+	return 0;
+}
+
+/* Sets a leaf of 4 KiB, wherever the page is. */
+static int vgpu_pt_set_page(struct vgpu_ctx *ctx, struct vgpu_table *t, unsigned int i,
+			    unsigned long hmm_pfn)
+{
+	u64 rights = vgpu_pt_rights(ctx, hmm_pfn);
+	unsigned long pfn = hmm_pfn & ~HMM_PFN_FLAGS;
+	u64 leaf = vgpu_devmem_leaf(ctx->vdev, pfn);
+
+	if (!leaf)
+		return vgpu_pt_set(ctx, t, i, pfn, rights, false);
+	t->slot[i].pfn = pfn;
+	WRITE_ONCE(t->pte[i], cpu_to_le64(VGPU_PTE_VALID | rights | leaf));
+	atomic64_inc(&ctx->mapped_pages);
 	vgpu_table_account(ctx, t, 1);
 	return 0;
 }
@@ -288,7 +324,7 @@ int vgpu_pt_map(struct vgpu_ctx *ctx, unsigned long start,
 	for (n = 0; n < count; n++) {
 		unsigned long va = start + (n << PAGE_SHIFT);
 
-		if (!vgpu_pt_usable(pfns[n]) || !vgpu_pte_valid(t, first + n) ||
+		if (!vgpu_pt_usable(ctx, pfns[n]) || !vgpu_pte_valid(t, first + n) ||
 		    vgpu_pt_same(t, first + n, pfns[n] & ~HMM_PFN_FLAGS,
 				 vgpu_pt_rights(ctx, pfns[n])))
 			continue;
@@ -299,10 +335,9 @@ int vgpu_pt_map(struct vgpu_ctx *ctx, unsigned long start,
 	for (n = 0; n < count; n++) {
 		int err;
 
-		if (!vgpu_pt_usable(pfns[n]) || vgpu_pte_valid(t, first + n))
+		if (!vgpu_pt_usable(ctx, pfns[n]) || vgpu_pte_valid(t, first + n))
 			continue;
-		err = vgpu_pt_set(ctx, t, first + n, pfns[n] & ~HMM_PFN_FLAGS,
-				  vgpu_pt_rights(ctx, pfns[n]), false);
+		err = vgpu_pt_set_page(ctx, t, first + n, pfns[n]);
 		if (err) {
 			if (n == must)
 				ret = err;
@@ -355,6 +390,36 @@ int vgpu_pt_map_huge(struct vgpu_ctx *ctx, unsigned long va, unsigned long hmm_p
 	if (ret)
 		return ret;
 	atomic64_inc(&ctx->huge_maps);
+	vgpu_pt_push(ctx, true,
+		     vgpu_cmd_make(VGPU_CMD_OP_WRITE_PTE, ctx->handle, t->handle, i,
+				   le64_to_cpu(t->pte[i])));
+	return 0;
+}
+
+/**
+ * vgpu_pt_map_exclusive() - map a page that the CPUs are kept away from
+ * @ctx: the context, not stopped
+ * @va: its address; the table of level 0 has been prepared
+ * @pfn: its page frame number
+ *
+ * Pushes the commands, the caller flushes.
+ * Context: fault worker, pt_lock, with a sequence that is still valid.
+ * Return: 0 or -ENOMEM.
+ */
+int vgpu_pt_map_exclusive(struct vgpu_ctx *ctx, unsigned long va, unsigned long pfn)
+{
+	struct vgpu_table *t = vgpu_table_lookup(ctx, va, 0);
+	unsigned int i = vgpu_pte_index(va, 0);
+	int ret;
+
+	lockdep_assert_held(&ctx->pt_lock);
+
+	if (!t)
+		return -ENOMEM;
+	vgpu_pt_zap(ctx, va & PAGE_MASK, va | ~PAGE_MASK, true);
+	ret = vgpu_pt_set(ctx, t, i, pfn, VGPU_PTE_RIGHTS, false);
+	if (ret)
+		return ret;
 	vgpu_pt_push(ctx, true,
 		     vgpu_cmd_make(VGPU_CMD_OP_WRITE_PTE, ctx->handle, t->handle, i,
 				   le64_to_cpu(t->pte[i])));

@@ -94,6 +94,8 @@ struct hmm_vgpu_wait {
  * @invalidations: invalidate callbacks
  * @mapped_pages: pages mapped at the moment, in 4 KiB
  * @huge_maps: 2 MiB leaves written so far
+ * @device_pages: pages of VRAM the context has at the moment
+ * @cpu_faults: pages that a CPU's access has brought back from there
  */
 struct hmm_vgpu_query {
 	__u64 ctx;
@@ -105,6 +107,29 @@ struct hmm_vgpu_query {
 	__u64 invalidations;
 	__u64 mapped_pages;
 	__u64 huge_maps;
+	__u64 device_pages;
+	__u64 cpu_faults;
+};
+
+/* What memory is filled with whose contents were lost with the device. */
+#define HMM_VGPU_POISON	0xd7
+
+/**
+ * struct hmm_vgpu_migrate - migrate a range of the caller's addresses
+ * @addr: in: first address, a multiple of the page size
+ * @len: in: bytes, likewise
+ * @flags: in: must be zero
+ * @migrated: out: how many pages were migrated
+ *
+ * Pages that cannot be migrated stay where they are: of files, shared, pinned,
+ * there already, or beyond what there is room for. EOPNOTSUPP: the kernel has no
+ * device-private memory. ESRCH, EPERM, ENXIO: as for submit.
+ */
+struct hmm_vgpu_migrate {
+	__u64 addr;
+	__u64 len;
+	__u64 flags;
+	__u64 migrated;
 };
 
 #define HMM_VGPU_BIND	_IOWR(HMM_VGPU_MAGIC, 1, struct hmm_vgpu_bind)
@@ -113,6 +138,8 @@ struct hmm_vgpu_query {
 #define HMM_VGPU_QUERY	_IOR(HMM_VGPU_MAGIC, 4, struct hmm_vgpu_query)
 /* Unregisters the context, as close does. ENXIO if not bound. */
 #define HMM_VGPU_UNBIND	_IO(HMM_VGPU_MAGIC, 5)
+#define HMM_VGPU_MIGRATE_TO_DEVICE _IOWR(HMM_VGPU_MAGIC, 6, struct hmm_vgpu_migrate)
+#define HMM_VGPU_MIGRATE_TO_SYSTEM _IOWR(HMM_VGPU_MAGIC, 7, struct hmm_vgpu_migrate)
 
 /* Which policy the mirror layer has; 0: the driver's backend is another. */
 #define HMM_VGPU_POLICY_NONE		0

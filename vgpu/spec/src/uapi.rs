@@ -86,6 +86,28 @@ pub struct Query {
     pub mapped_pages: u64,
     /// 2 MiB leaves written so far.
     pub huge_maps: u64,
+    /// Pages of VRAM the context has at the moment.
+    pub device_pages: u64,
+    /// Pages that a CPU's access has brought back from there.
+    pub cpu_faults: u64,
+}
+
+/// What memory is filled with whose contents were lost with the device.
+pub const POISON: u8 = 0xd7;
+
+/// `HMM_VGPU_MIGRATE_TO_DEVICE` (nr 6) and `_TO_SYSTEM` (nr 7), read+write: migrates a range of the caller's addresses. What cannot
+/// be migrated, or finds no room, stays. EOPNOTSUPP where the kernel has no device-private memory.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Migrate {
+    /// In: first address, a multiple of the page size.
+    pub addr: u64,
+    /// In: bytes, likewise.
+    pub len: u64,
+    /// In: must be zero.
+    pub flags: u64,
+    /// Out: pages migrated.
+    pub migrated: u64,
 }
 
 /// `HMM_VGPU_UNBIND` (nr 5, no argument): unregisters the context, as close does. ENXIO if not bound.
