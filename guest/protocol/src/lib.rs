@@ -103,6 +103,12 @@ pub const WORKLOADS: &[WorkloadInfo] = &[
         resets: false,
     },
     WorkloadInfo {
+        name: "migrate",
+        about: "pages go to the device's memory and back, by request, by the CPU's access, by fork, close and exit; atomics on device-exclusive pages",
+        suite: false,
+        resets: false,
+    },
+    WorkloadInfo {
         name: "removal",
         about: "the device is taken from the driver through sysfs, or reset, while files are open and engines run; not part of the default suite",
         suite: false,

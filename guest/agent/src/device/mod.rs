@@ -27,6 +27,8 @@ pub(crate) trait DeviceFile: Send + Sync {
     fn submit(&self, job: &Submit) -> Result<u64, Errno>;
     /// WAIT.
     fn wait(&self, queue: u32, fence: u64, timeout: Duration) -> Result<Wait, Errno>;
+    /// MIGRATE_TO_DEVICE or MIGRATE_TO_SYSTEM: how many pages have gone.
+    fn migrate(&self, address: u64, bytes: u64, to_device: bool) -> Result<u64, Errno>;
     /// QUERY.
     fn query(&self) -> Result<Query, Errno>;
     /// UNBIND.

@@ -155,6 +155,10 @@ impl DeviceFile for File {
         }
     }
 
+    fn migrate(&self, _: u64, _: u64, _: bool) -> Result<u64, Errno> {
+        Err(Errno::EOPNOTSUPP)
+    }
+
     fn query(&self) -> Result<Query, Errno> {
         let open = self.open()?;
         let state = match open.owner.load(Ordering::SeqCst) {

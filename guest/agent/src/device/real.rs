@@ -10,8 +10,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
 use nix::sys::stat::Mode;
 use vgpu_spec::uapi::{
-    Associate, Bind, DRIVER_DEVICE, DRIVER_MAGIC, NR_UNBIND, Query, Submit, WITNESS_DEVICE, WITNESS_MAGIC,
-    Wait,
+    Associate, Bind, DRIVER_DEVICE, DRIVER_MAGIC, Migrate, NR_UNBIND, Query, Submit, WITNESS_DEVICE,
+    WITNESS_MAGIC, Wait,
 };
 
 use super::{Device, DeviceFile};
@@ -20,6 +20,8 @@ nix::ioctl_readwrite!(ioctl_bind, DRIVER_MAGIC, 1, Bind);
 nix::ioctl_readwrite!(ioctl_submit, DRIVER_MAGIC, 2, Submit);
 nix::ioctl_readwrite!(ioctl_wait, DRIVER_MAGIC, 3, Wait);
 nix::ioctl_read!(ioctl_query, DRIVER_MAGIC, 4, Query);
+nix::ioctl_readwrite!(ioctl_to_device, DRIVER_MAGIC, 6, Migrate);
+nix::ioctl_readwrite!(ioctl_to_system, DRIVER_MAGIC, 7, Migrate);
 nix::ioctl_none!(ioctl_unbind, DRIVER_MAGIC, NR_UNBIND);
 nix::ioctl_write_ptr!(ioctl_associate, WITNESS_MAGIC, 1, Associate);
 
@@ -86,6 +88,16 @@ impl DeviceFile for NodeFile {
         // SAFETY: see above.
         unsafe { ioctl_wait(self.raw()?, &mut wait) }?;
         Ok(wait)
+    }
+
+    fn migrate(&self, addr: u64, len: u64, to_device: bool) -> Result<u64, Errno> {
+        let mut migrate = Migrate { addr, len, ..Migrate::default() };
+        let fd = self.raw()?;
+        // SAFETY: see above.
+        unsafe {
+            if to_device { ioctl_to_device(fd, &mut migrate) } else { ioctl_to_system(fd, &mut migrate) }
+        }?;
+        Ok(migrate.migrated)
     }
 
     fn query(&self) -> Result<Query, Errno> {

@@ -12,6 +12,7 @@
 mod access;
 mod bench;
 mod invalidate;
+mod migrate;
 mod release;
 mod removal;
 mod stress;
@@ -71,6 +72,7 @@ const ALL: &[Workload] = &[
     Workload { name: "unregister", rounds: unregister::ROUNDS, lanes: true, round: unregister::round },
     Workload { name: "invalidate", rounds: invalidate::ROUNDS, lanes: true, round: invalidate::round },
     Workload { name: "stress", rounds: stress::ROUNDS, lanes: false, round: stress::round },
+    Workload { name: "migrate", rounds: migrate::ROUNDS, lanes: false, round: migrate::round },
     Workload { name: "removal", rounds: removal::ROUNDS, lanes: false, round: removal::round },
 ];
 

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use vgpu_spec::uapi::DRIVER_DEVICE;
 
 use super::Round;
+use super::migrate::Placed;
 use super::release::{LONG, Occupied};
 use crate::boot::wait_for_node;
 use crate::client::{Context, Job};
@@ -26,13 +27,15 @@ pub(super) const ROUNDS: u64 = 2;
 /// One round.
 pub(super) fn round(round: &mut Round<'_, '_>) {
     type Body = fn(&dyn Device, &Function, &mut Rng) -> Checked;
-    let bodies: [(&str, Body); 6] = [
+    let bodies: [(&str, Body); 8] = [
         ("unbind/idle", |device, function, rng| unbind(device, function, rng, false)),
         ("unbind/running", |device, function, rng| unbind(device, function, rng, true)),
         ("unbind/waiting", unbind_under_waiter),
         ("unbind/exiting", unbind_while_exiting),
         ("reset/idle", |device, function, rng| reset(device, function, rng, false)),
         ("reset/running", |device, function, rng| reset(device, function, rng, true)),
+        ("unbind/device-memory", |device, function, rng| device_memory(device, rng, || function.unbind())),
+        ("reset/device-memory", |device, function, rng| device_memory(device, rng, || function.reset())),
     ];
     let device = round.ground.device;
     for (name, body) in bodies {
@@ -194,6 +197,16 @@ fn unbind_while_exiting(device: &dyn Device, function: &Function, rng: &mut Rng)
     }
     function.unbind()?;
     children.iter_mut().try_for_each(Child::join)
+}
+
+/// The device goes, or forgets all it was told, while pages of the process are in its memory: they must have come home before.
+fn device_memory(device: &dyn Device, rng: &mut Rng, goes: impl FnOnce() -> Checked) -> Checked {
+    let mut placed = Placed::new(device, rng)?;
+    placed.rewrite(rng)?;
+    let job = Job::random_read(placed.map.at(0), WINDOW, LONG, rng.next());
+    placed.context.submit(job.queue(1))?;
+    goes()?;
+    placed.cpu_sees(0, WINDOW)
 }
 
 /// Reset through sysfs, which is a function-level reset: the device forgets everything it was told.
