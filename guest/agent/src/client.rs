@@ -108,8 +108,11 @@ pub(crate) struct Done {
 }
 
 impl Done {
-    /// It must have been carried out.
+    /// It must have been carried out. A fault that ended it is one on memory that is there.
     pub(crate) fn ok(self) -> Checked<Self> {
+        if self.status == job::JOB_FAULT {
+            return Err(Failure::refused(self.context, self.address, format!("the job ended with {self}")));
+        }
         require(self.status == job::JOB_OK, || format!("the job ended with {self}"))?;
         Ok(self)
     }

@@ -40,6 +40,12 @@ impl Failure {
         Self::Mismatch(mismatch, detail)
     }
 
+    /// The device was refused what it has every right to.
+    pub(crate) fn refused(context: u64, address: u64, detail: String) -> Self {
+        let mismatch = Mismatch { context, address, expected: 0, found: 0, reader: Reader::Refused };
+        Self::Mismatch(mismatch, detail)
+    }
+
     /// The same failure, with the step in which it happened.
     pub(crate) fn at(self, step: &str) -> Self {
         let join =
@@ -64,7 +70,7 @@ impl fmt::Display for Failure {
                 if detail.is_empty() { "" } else { ": " },
                 match m.reader {
                     Reader::Cpu => "CPU",
-                    Reader::Device => "device",
+                    Reader::Device | Reader::Refused => "device",
                 },
                 m.found,
                 m.address,

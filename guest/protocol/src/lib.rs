@@ -250,4 +250,6 @@ pub enum Reader {
     Cpu,
     /// The device.
     Device,
+    /// Nobody: the device's access failed for good, where it should have been served.
+    Refused,
 }

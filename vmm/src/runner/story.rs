@@ -180,10 +180,16 @@ fn mismatch(case: &Case) -> Option<Violation> {
     let found = case.mismatch?;
     let reader = match found.reader {
         Reader::Cpu => "the CPU",
-        Reader::Device => "the device",
+        Reader::Device | Reader::Refused => "the device",
+    };
+    let rule = match found.reader {
+        Reader::Cpu | Reader::Device => Rule::DataMismatch,
+        Reader::Refused => Rule::FaultSpuriousFatal,
     };
     let mut summary = format!("{}/{} (iteration {})", case.workload, case.case, case.iteration);
-    if found.expected == found.found {
+    if found.reader == Reader::Refused {
+        summary.push_str(&format!(": an access of the device to {:#x} failed for good", found.address));
+    } else if found.expected == found.found {
         summary.push_str(&format!(": {reader} reached {:#x}", found.address));
     } else {
         summary.push_str(&format!(
@@ -194,7 +200,7 @@ fn mismatch(case: &Case) -> Option<Violation> {
     if let Some(detail) = &case.detail {
         summary.push_str(&format!(" ({detail})"));
     }
-    let mut violation = Violation::new(Rule::DataMismatch, summary).at(Some(found.address), None);
+    let mut violation = Violation::new(rule, summary).at(Some(found.address), None);
     if found.context != 0 {
         violation = violation.on(Handle(found.context));
     }
@@ -290,10 +296,14 @@ mod tests {
         assert_eq!(violation.address, Some(0x1000));
         assert_eq!(violation.context_name.as_deref(), Some("context 3#1"));
         assert!(violation.summary.contains("the device read 0x2 at 0x1000 where the model has 0x1"));
+        let refused = Mismatch { reader: Reader::Refused, expected: 0, found: 0, ..mismatch };
+        let violation = story.message(&Message::Case(case(Outcome::Fail, Some(refused)))).unwrap();
+        assert_eq!(violation.rule, Rule::FaultSpuriousFatal);
+        assert!(violation.summary.contains("an access of the device to 0x1000 failed for good"));
         let result = &story.results("why")[0];
         assert_eq!(
             (result.failed, result.detail.as_deref()),
-            (2, Some("why; before, anonymous/fill: because"))
+            (3, Some("why; before, anonymous/fill: because"))
         );
     }
 
