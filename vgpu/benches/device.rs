@@ -5,14 +5,18 @@
 #![allow(clippy::expect_used, reason = "a benchmark may fail loudly")]
 #![allow(missing_docs, reason = "criterion's macros make public items")]
 
+use std::collections::BTreeMap;
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use vgpu::gpu::GpuConfig;
 use vgpu::testing::{Queue, Rig};
+use vgpu_spec::handle::Handle;
 use vgpu_spec::job::*;
 use vgpu_spec::pte::{ATOMIC, HUGE, VALID, WRITE};
+use vgpu_spec::witness::{self, Record};
 
 const VA: u64 = 0x10_0000_0000;
 /// Pages mapped, and accesses a job.
@@ -60,6 +64,65 @@ fn translation(c: &mut Criterion) {
     group.finish();
 }
 
+/// The CPU's tables for `pages` pages from [`VA`] on, all of which lead to `frame`; the oracle is told that `ctx` mirrors them.
+fn mirror(rig: &Rig, ctx: Handle, pages: u64, frame: u64) {
+    let mut tables = BTreeMap::new();
+    let root = rig.alloc(0x1000);
+    for page in 0..pages {
+        let va = VA + (page << 12);
+        let mut table = root;
+        for level in (1..4).rev() {
+            let at = table + ((va >> (12 + 9 * level)) & 0x1ff) * 8;
+            table = *tables.entry(at).or_insert_with(|| {
+                let next = rig.alloc(0x1000);
+                rig.put(at, next | 0x67);
+                next
+            });
+        }
+        rig.put(table + ((va >> 12) & 0x1ff) * 8, frame | 0x8000_0000_0000_0867);
+    }
+    rig.oracle.attach_memory(Arc::clone(&rig.memory));
+    let types = u64::from_le_bytes([28, 29, 30, 26, 27, 25, 0xff, 0xff]);
+    for (kind, mm, arg) in [
+        (witness::HELLO, 0, [0; 4]),
+        (witness::CPU_FORMAT, 0, [4 | 40 << 8 | 5 << 16 | 9 << 24, 0x000f_ffff_ffff_f000, types, u64::MAX]),
+        (witness::MM_BEGIN, 1, [2, root, 0, 0]),
+        (witness::NOTIFIER_ADDED, 1, [2, 0, 0, 0]),
+        (witness::ASSOCIATE, 1, [ctx.0, 0, 0, 0]),
+    ] {
+        rig.oracle.witness(&Record { kind, mm, arg, ..Record::default() });
+    }
+}
+
+/// The same as a TLB hit, with each page held against the CPU's tables before and after. The difference is what the comparison
+/// costs. Every access is to another page, as it is at worst.
+fn comparison(c: &mut Criterion) {
+    let mut group = c.benchmark_group("comparison");
+    group.sample_size(20);
+    for pages in [1_000, 10_000, 100_000] {
+        group.throughput(Throughput::Elements(pages));
+        for with in [false, true] {
+            let rig = Rig::new(GpuConfig { engines: 1, table_pages: 8192, ..GpuConfig::default() }, 64 << 20);
+            let mut space = rig.bind();
+            let mut queue = space.queue(4);
+            let memory = rig.alloc(0x1000);
+            for page in 0..pages {
+                space.map(VA + (page << 12), memory | VALID | WRITE | ATOMIC);
+            }
+            if with {
+                mirror(&rig, space.ctx, pages, memory);
+            }
+            let job = Job { op: OP_STRIDED, dst: VA, len: pages, operand: [0, 4096, 0], ..Job::default() };
+            time(&rig, &mut queue, job, 1);
+            let name = format!("{pages} pages, {}", if with { "compared" } else { "alone" });
+            group.bench_function(name, |b| b.iter_custom(|jobs| time(&rig, &mut queue, job, jobs)));
+            assert!(rig.oracle.violations().is_empty(), "{:?}", rig.oracle.violations());
+            assert_eq!(with, rig.oracle.counters().steps_compared > 0);
+        }
+    }
+    group.finish();
+}
+
 /// INVALIDATE commands, 64 a doorbell, with nothing in flight.
 fn invalidate(c: &mut Criterion) {
     let rig = rig(None);
@@ -103,5 +166,5 @@ fn bandwidth(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, translation, invalidate, bandwidth);
+criterion_group!(benches, translation, comparison, invalidate, bandwidth);
 criterion_main!(benches);
