@@ -9,4 +9,4 @@ mod entry;
 mod walk;
 
 pub use entry::{Format, Kind, Page};
-pub use walk::Space;
+pub use walk::{Hint, Space};

@@ -19,13 +19,43 @@ pub struct Space {
     pub format: Format,
 }
 
+/// The lowest table that a walk came through last, for the next one in the same 2 MiB.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Hint {
+    /// Which 2 MiB, plus one; 0 for none.
+    region: u64,
+    table: u64,
+    write: bool,
+}
+
 impl Space {
+    /// What the CPU has for `va` now, by the table that `hint` names if it is of the same 2 MiB. Good for as long as nobody minds
+    /// that the table itself may have been replaced since: within a step, before its pages are walked once more.
+    #[inline]
+    #[must_use]
+    pub fn walk_near(&self, memory: &Snapshot, va: u64, hint: &mut Hint) -> Page {
+        if hint.region != (va >> 21) + 1 {
+            return self.walk_down(memory, va, hint);
+        }
+        let Ok(entry) = memory.atomic_u64(hint.table + ((va >> 12) & 0x1ff) * 8, false) else {
+            return Page::unreadable();
+        };
+        match self.format.decode(entry.load(Acquire), 0, va, hint.write) {
+            Found::Leaf(page) => page,
+            Found::Table(_) => Page::unreadable(),
+        }
+    }
+
     /// What the CPU has for `va` now. Never fails: a table outside of memory is [`Kind::Unreadable`].
     ///
     /// At most five reads of guest memory; no allocation, no lock.
     #[inline]
     #[must_use]
     pub fn walk(&self, memory: &Snapshot, va: u64) -> Page {
+        self.walk_down(memory, va, &mut Hint::default())
+    }
+
+    fn walk_down(&self, memory: &Snapshot, va: u64, hint: &mut Hint) -> Page {
         let mut table = self.root & self.format.address;
         let mut write = true;
         let mut level = self.format.levels.clamp(4, 5) - 1;
@@ -34,7 +64,15 @@ impl Space {
             let Ok(entry) = memory.atomic_u64(at, false) else { return Page::unreadable() };
             let raw = entry.load(Acquire);
             match self.format.decode(raw, level, va, write) {
-                Found::Leaf(page) => return page,
+                Found::Leaf(page) => {
+                    // A leaf further up has no table below it that could serve the next walk.
+                    *hint = if level == 0 {
+                        Hint { region: (va >> 21) + 1, table, write }
+                    } else {
+                        Hint::default()
+                    };
+                    return page;
+                }
                 // `decode` never finds a table at the lowest level.
                 Found::Table(next) => {
                     write &= raw & 2 != 0;
@@ -107,6 +145,13 @@ mod tests {
             );
             assert_eq!(space.walk(&memory.snapshot(), VA + 0x1000).kind, Kind::None);
             assert_eq!(space.settled(&memory.snapshot(), VA), page);
+            let mut hint = Hint::default();
+            for _ in 0..2 {
+                assert_eq!(space.walk_near(&memory.snapshot(), VA, &mut hint), page);
+                assert_eq!(space.walk_near(&memory.snapshot(), VA + 0x1000, &mut hint).kind, Kind::None);
+            }
+            assert_eq!(space.walk_near(&memory.snapshot(), VA + (1 << 21), &mut hint).kind, Kind::None);
+            assert_eq!(space.walk_near(&memory.snapshot(), VA, &mut hint), page);
             put(&memory, last, 0, swap_entry(28, 0x7777));
             assert_eq!(space.walk(&memory.snapshot(), VA).kind, Kind::Migration);
         }

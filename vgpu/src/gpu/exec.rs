@@ -149,6 +149,7 @@ impl Engine<'_> {
             _ => {}
         }
         if let Some(compare) = &compare {
+            compare.again();
             for (leaf, operand) in leaves.into_iter().zip(operands) {
                 if let Some((va, access)) = operand {
                     compare.range(va, bytes, leaf, access);
@@ -263,6 +264,7 @@ impl Engine<'_> {
             work.done = i + 1;
         }
         if let Some(compare) = &compare {
+            compare.again();
             for &(va, raw) in self.checked.pages() {
                 compare.page(va, raw, access);
             }

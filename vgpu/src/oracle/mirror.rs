@@ -6,6 +6,7 @@
 //! CPU cannot change the entry in that time: who wants to change it first has the driver invalidate, and that waits for the
 //! drain. What goes on behind the kernel's back for a moment is told apart by [`super::suspect`].
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
 use vgpu_spec::fault::{ACCESS_ATOMIC, ACCESS_READ, ACCESS_WRITE};
@@ -13,7 +14,7 @@ use vgpu_spec::handle::Handle;
 use vgpu_spec::pte::{self, leaf_address, leaf_shift};
 
 use super::{Oracle, Rule};
-use crate::cpu::{Format, Kind, Page, Space};
+use crate::cpu::{Format, Hint, Kind, Page, Space};
 use crate::memory::Snapshot;
 
 /// Pages of one range held against the CPU's at most: those of a 2 MiB leaf.
@@ -161,14 +162,29 @@ pub struct Compare<'o> {
     ctx: Handle,
     space: Space,
     memory: Snapshot,
+    near: Cell<Hint>,
 }
 
 impl Compare<'_> {
+    /// The step has touched its pages: they are walked once more, from the top.
+    #[inline]
+    pub fn again(&self) {
+        self.near.take();
+    }
+
+    #[inline]
+    fn walk(&self, va: u64) -> Page {
+        let mut hint = self.near.get();
+        let page = self.space.walk_near(&self.memory, va, &mut hint);
+        self.near.set(hint);
+        page
+    }
+
     /// Holds an access to the page of `va` through `leaf` against the CPU's. To be called inside the bracket that a drain
     /// waits for.
     #[inline]
     pub fn page(&self, va: u64, leaf: u64, access: u32) {
-        let page = self.space.walk(&self.memory, va);
+        let page = self.walk(va);
         if judge(leaf, va, access, &page, self.oracle.config.coherent_atomics) != Verdict::Good {
             self.look_again(va, leaf, access, false);
         }
@@ -184,7 +200,7 @@ impl Compare<'_> {
         let Some(last) = bytes.checked_sub(1).and_then(|more| va.checked_add(more)) else { return };
         let mut at = va;
         for _ in 0..PAGES_MOST {
-            let page = self.space.walk(&self.memory, at);
+            let page = self.walk(at);
             if judge(leaf, at, access, &page, self.oracle.config.coherent_atomics) != Verdict::Good {
                 self.look_again(at, leaf, access, unused);
             } else if unused && leaf & pte::VRAM != 0 {
@@ -237,7 +253,7 @@ impl Oracle {
         let root = self.mirrors.root(ctx)?;
         let (format, memory) = self.tables()?;
         self.compared.fetch_add(1, Relaxed);
-        Some(Compare { oracle: self, ctx, space: Space { root, format }, memory })
+        Some(Compare { oracle: self, ctx, space: Space { root, format }, memory, near: Cell::default() })
     }
 
     #[inline]
