@@ -105,6 +105,8 @@
 #define WITNESS_REG_REQUEST 0x18
 /* How many records were refused. */
 #define WITNESS_REG_BAD_RECORDS 0x1c
+/* Gate slots: 1 when the task that waits in the slot may go on. */
+#define WITNESS_REG_GATE(n) (0x100 + 4 * (n))
 #define WITNESS_BAR_BYTES 0x1000
 #define WITNESS_ID_VALUE 0x574d4d48
 #define WITNESS_VERSION_VALUE 0x1
@@ -115,6 +117,9 @@
 #define WITNESS_QUESTION_WORDS 0x20
 #define WITNESS_QUESTIONS_MOST 0xa
 #define WITNESS_MAX_MESSAGE 0x10000
+#define WITNESS_GATE_SLOTS 0x40
+#define WITNESS_GATE_SITES 0x40
+#define WITNESS_GATE_NO_SLOT 0xffff
 
 /* Commands */
 /* Nothing. */
@@ -301,6 +306,34 @@
 #define WITNESS_RANGE_OWNED 0x200
 /* Flag: a notifier is being removed from the address space, and may not have been called. */
 #define WITNESS_RANGE_LEAVING 0x400
+
+/* Gates: witness records, and why a task goes on */
+/* A repetition of a scenario begins: arg0 its number, arg1 a bit for each site that there is, arg2 a bit for each that the guest itself opens. */
+#define WITNESS_GATE_ARMED 0x40
+/* It has ended: arg0 its number. */
+#define WITNESS_GATE_DISARMED 0x41
+/* A task has come to a gate: arg0 site in bits 0-15, slot in bits 16-31, bit 32: it spins, bit 33: it does not wait; arg3 the function's first argument, or what it returns. */
+#define WITNESS_GATE_REACHED 0x42
+/* A task goes on: arg0 site in bits 0-15, slot in bits 16-31, why in bits 32-39 (PASS_*). */
+#define WITNESS_GATE_PASSED 0x43
+/* A task has been asleep in a watched function for two looks: arg0 site, arg3 its thread id. */
+#define WITNESS_GATE_BLOCKED 0x44
+/* A task that was reported as blocked has left the function: arg0 site, arg3 its thread id. */
+#define WITNESS_GATE_LEFT 0x45
+/* A task has a role, or none any more: arg3 its thread id, arg0 bit 0: it has ended. */
+#define WITNESS_GATE_ROLE 0x46
+/* In PASSED: the host let it go on. */
+#define WITNESS_GATE_PASS_OPENED 0x0
+/* In PASSED: it waited for as many heartbeats as a gate may stay closed. */
+#define WITNESS_GATE_PASS_LIMIT 0x1
+/* In PASSED: it could not sleep there, and had spun for a millisecond. */
+#define WITNESS_GATE_PASS_SPUN 0x2
+/* In PASSED: it could not sleep there, and no CPU would have been left to open the gate. */
+#define WITNESS_GATE_PASS_NO_CPU 0x3
+/* In PASSED: the repetition has ended. */
+#define WITNESS_GATE_PASS_OVER 0x4
+/* In PASSED: the guest itself opened the gate. */
+#define WITNESS_GATE_PASS_LOCAL 0x5
 
 /* Handles: index in bits 0-23, kind in 24-31, generation in 32-63. */
 #define VGPU_HANDLE_INDEX(h) ((u32)((h) & 0xffffff))

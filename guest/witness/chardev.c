@@ -78,12 +78,72 @@ static long chardev_associate(const void __user *from)
 	return ret;
 }
 
+/* What stands where is init's and its workloads' to say. */
+static long chardev_gates(struct file *file, unsigned int cmd,
+			  const void __user *from)
+{
+	union {
+		struct hmm_witness_site site;
+		struct hmm_witness_arm arm;
+	} arg;
+
+	if (!file->private_data)
+		return -EPERM;
+	if (_IOC_SIZE(cmd) && copy_from_user(&arg, from, _IOC_SIZE(cmd)))
+		return -EFAULT;
+	return gates_setup(cmd, &arg);
+}
+
+static long chardev_role(const void __user *from)
+{
+	struct hmm_witness_role arg;
+
+	if (copy_from_user(&arg, from, sizeof(arg)))
+		return -EFAULT;
+	return gates_role(arg.name);
+}
+
+static long chardev_point(const void __user *from)
+{
+	struct hmm_witness_point arg;
+
+	if (copy_from_user(&arg, from, sizeof(arg)))
+		return -EFAULT;
+	return gates_point(arg.name);
+}
+
+static long chardev_local(struct file *file, void __user *user)
+{
+	struct hmm_witness_local arg;
+	long ret;
+
+	if (!file->private_data)
+		return -EPERM;
+	if (copy_from_user(&arg, user, sizeof(arg)))
+		return -EFAULT;
+	ret = gates_local(&arg);
+	if (ret)
+		return ret;
+	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
+}
+
 static long chardev_ioctl(struct file *file, unsigned int cmd,
 			  unsigned long arg)
 {
 	switch (cmd) {
 	case HMM_WITNESS_ASSOCIATE:
 		return chardev_associate((const void __user *)arg);
+	case HMM_WITNESS_GATE_ADD:
+	case HMM_WITNESS_GATE_ARM:
+	case HMM_WITNESS_GATE_DISARM:
+	case HMM_WITNESS_GATE_CLEAR:
+		return chardev_gates(file, cmd, (const void __user *)arg);
+	case HMM_WITNESS_ROLE:
+		return chardev_role((const void __user *)arg);
+	case HMM_WITNESS_GATE_POINT:
+		return chardev_point((const void __user *)arg);
+	case HMM_WITNESS_GATE_LOCAL:
+		return chardev_local(file, (void __user *)arg);
 	default:
 		return -ENOTTY;
 	}

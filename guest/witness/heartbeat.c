@@ -49,6 +49,7 @@ static int heartbeat(void *unused)
 			break;
 		witness_report(WITNESS_REC_HEARTBEAT, 0, ++count,
 			       moments_missed(), blocked_tasks(), 0);
+		gates_beat();
 		requests_act(witness_requests());
 	}
 	__set_current_state(TASK_RUNNING);

@@ -83,6 +83,7 @@ static int witness_start(struct pci_dev *pdev)
 	ret = heartbeat_start();
 	if (ret)
 		goto bye;
+	gates_open();
 	ret = chardev_register(pdev);
 	if (ret)
 		goto stop;
@@ -90,6 +91,7 @@ static int witness_start(struct pci_dev *pdev)
 	return 0;
 
 stop:
+	gates_close();
 	heartbeat_stop();
 bye:
 	moments_unregister();
@@ -114,6 +116,7 @@ static int witness_bind(struct pci_dev *pdev, const struct pci_device_id *id)
 static void witness_unbind(struct pci_dev *pdev)
 {
 	chardev_unregister(pdev);
+	gates_close();
 	heartbeat_stop();
 	mm_table_report_stranded();
 	moments_unregister();

@@ -147,3 +147,14 @@ u32 witness_requests(void)
 	/* All ones: there is no device behind the address any more. */
 	return bits == U32_MAX ? 0 : bits;
 }
+
+/**
+ * witness_gate - may the task in a slot go on?
+ * @slot: the slot
+ *
+ * Also if there is no device any more that could say so.
+ */
+bool witness_gate(unsigned int slot)
+{
+	return readl(channel.regs + WITNESS_REG_GATE(slot));
+}

@@ -8,6 +8,7 @@
 #include <linux/err.h>
 #include <linux/fs.h>
 #include <linux/kernel.h>
+#include <linux/module.h>
 #include <linux/panic.h>
 #include <linux/printk.h>
 #include <linux/rcupdate.h>
@@ -75,14 +76,32 @@ static void show_runnable(void)
 	rcu_read_unlock();
 }
 
+/*
+ * A driver may know more of its own locks than their waiters' stacks say: who
+ * holds them. Nothing depends on that there is one.
+ */
+extern void hmm_lock_report(void);
+
+static void show_locks(void)
+{
+	void (*report)(void) = symbol_get(hmm_lock_report);
+
+	if (!report)
+		return;
+	report();
+	symbol_put(hmm_lock_report);
+}
+
 /**
  * requests_act - do what the host asks
  * @requests: WITNESS_REQUEST_* bits
  */
 void requests_act(u32 requests)
 {
-	if (requests & WITNESS_REQUEST_BLOCKED_TASKS)
+	if (requests & WITNESS_REQUEST_BLOCKED_TASKS) {
 		handle_sysrq('w');
+		show_locks();
+	}
 	if (requests & WITNESS_REQUEST_ALL_CPUS) {
 		handle_sysrq('l');
 		show_runnable();

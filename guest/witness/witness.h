@@ -26,6 +26,7 @@ int witness_channel_open(struct pci_dev *pdev);
 void witness_channel_close(struct pci_dev *pdev);
 void witness_report(u32 kind, u64 mm, u64 arg0, u64 arg1, u64 arg2, u64 arg3);
 u32 witness_requests(void);
+bool witness_gate(unsigned int slot);
 
 /* mm_table.c: the mirrored address spaces. */
 int mm_table_open(void);
@@ -73,6 +74,16 @@ void format_report(void);
 /* heartbeat.c */
 int heartbeat_start(void);
 void heartbeat_stop(void);
+
+/* gate.c: where tasks wait until they are let go on. */
+struct hmm_witness_local;
+void gates_open(void);
+void gates_close(void);
+void gates_beat(void);
+long gates_setup(unsigned int cmd, const void *arg);
+long gates_role(const char *name);
+long gates_point(const char *name);
+long gates_local(struct hmm_witness_local *arg);
 
 /* requests.c: what the host asks for. */
 void requests_allow(void);

@@ -8,6 +8,7 @@
 
 pub mod cpu;
 pub mod function;
+pub mod gates;
 pub mod gpu;
 pub mod memory;
 pub mod oracle;

@@ -4,15 +4,17 @@
 //! It has no interrupts and no state beyond a few registers. A record is judged inside the register write that announces
 //! it, so the guest's CPU does not go on before.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
+use vgpu_spec::gate::SLOTS;
 use vgpu_spec::regs::witness as regs;
 use vgpu_spec::witness::{CONSTANTS, HEARTBEAT, HELLO, MAX_MESSAGE, MESSAGE, RECORD_BYTES, Record};
 use vgpu_spec::{PCI_DEVICE_WITNESS, PCI_VENDOR_ID};
 
 use crate::function::{Backing, Bar, Effects, Function};
+use crate::gates::{Conductor, Doors, GateRecord};
 use crate::memory::SystemMemory;
 use crate::oracle::Oracle;
 use crate::pci::{BarShape, CLASS_WITNESS, ConfigSpace, Identity};
@@ -26,6 +28,9 @@ pub trait GuestSink: Send + Sync {
     /// The witness module is loaded.
     fn hello(&self, record: &Record);
 }
+
+/// Offset behind the last gate slot's register.
+const GATES_END: u32 = regs::GATE + 4 * SLOTS as u32;
 
 #[derive(Clone, Copy, Default)]
 struct Registers {
@@ -55,6 +60,8 @@ pub struct Witness {
     registers: Mutex<Registers>,
     request: AtomicU32,
     bad_records: AtomicU32,
+    doors: Doors,
+    conductor: OnceLock<Arc<dyn Conductor>>,
 }
 
 impl Witness {
@@ -76,7 +83,15 @@ impl Witness {
             registers: Mutex::default(),
             request: AtomicU32::new(0),
             bad_records: AtomicU32::new(0),
+            doors: Doors::default(),
+            conductor: OnceLock::new(),
         })
+    }
+
+    /// Who decides on gates. Without one nobody is held at any. To be called once, before the guest runs.
+    pub fn conduct(&self, conductor: Arc<dyn Conductor>) {
+        // The first one stays.
+        let _ = self.conductor.set(conductor);
     }
 
     /// Asks something of the guest (`REQUEST_*`) at its next heartbeat.
@@ -100,6 +115,7 @@ impl Witness {
             regs::SLOTS => self.registers.lock().slots,
             regs::REQUEST => self.request.swap(0, SeqCst),
             regs::BAD_RECORDS => self.bad_records(),
+            regs::GATE..GATES_END => self.door((offset - regs::GATE) / 4),
             _ => 0,
         }
     }
@@ -113,6 +129,28 @@ impl Witness {
             regs::EVENT => self.announced(value),
             _ => {}
         }
+    }
+
+    /// A task looks whether it may go on.
+    fn door(&self, slot: u32) -> u32 {
+        let slot = slot as usize;
+        if !self.doors.is_open(slot) {
+            if let Some(conductor) = self.conductor.get() {
+                conductor.looked(slot, &self.doors);
+            }
+        }
+        self.doors.is_open(slot).into()
+    }
+
+    /// Somebody has come to a gate, or something else is told of one. None if it makes no sense.
+    fn gate(&self, record: &Record) -> Option<()> {
+        let told = GateRecord::read(record)?;
+        match (told, self.conductor.get()) {
+            (GateRecord::Reached { slot: Some(slot), .. }, Some(_)) => self.doors.close(slot),
+            (GateRecord::Reached { slot: Some(slot), .. }, None) => self.doors.open(slot),
+            _ => {}
+        }
+        Some(())
     }
 
     /// Slot `number` is said to hold a record. Another CPU may report meanwhile: nothing is locked while this one is judged.
@@ -132,7 +170,9 @@ impl Witness {
         let address = registers.slot(number)?;
         let snapshot = self.memory.snapshot();
         let record: Record = snapshot.read_object(address).ok()?;
-        if !CONSTANTS.iter().any(|(_, kind, _)| *kind == u64::from(record.kind)) {
+        if GateRecord::is_kind(record.kind) {
+            self.gate(&record)?;
+        } else if !CONSTANTS.iter().any(|(_, kind, _)| *kind == u64::from(record.kind)) {
             return None;
         }
         let mut message = Vec::new();
@@ -146,6 +186,9 @@ impl Witness {
         }
         drop(snapshot);
         self.oracle.witness(&record);
+        if let Some(conductor) = self.conductor.get().filter(|_| record.kind != MESSAGE) {
+            conductor.record(&record, &self.doors);
+        }
         match record.kind {
             HELLO => self.sink.hello(&record),
             HEARTBEAT => self.sink.heartbeat(record.arg[0], record.arg[1]),
@@ -189,11 +232,22 @@ impl Function for Witness {
         Effects::default()
     }
     fn reset(&self) -> Effects {
-        let Self { memory: _, oracle: _, sink: _, config, registers, request, bad_records } = self;
+        let Self {
+            memory: _,
+            oracle: _,
+            sink: _,
+            config,
+            registers,
+            request,
+            bad_records,
+            doors,
+            conductor: _,
+        } = self;
         config.lock().reset();
         *registers.lock() = Registers::default();
         request.store(0, SeqCst);
         bad_records.store(0, SeqCst);
+        doors.open_all();
         Effects::default()
     }
 }
@@ -315,6 +369,49 @@ mod tests {
         assert_eq!((b.get(regs::REQUEST), b.get(regs::SLOTS), b.get(regs::RECORDS_LO)), (0, 0, 0));
         b.set(regs::EVENT, 0);
         assert_eq!(b.get(regs::BAD_RECORDS), 1);
+    }
+
+    /// Opens a door when it has been looked at twice.
+    #[derive(Default)]
+    struct Patient(Mutex<Vec<String>>, AtomicU32);
+    impl Conductor for Patient {
+        fn record(&self, record: &Record, doors: &Doors) {
+            if let Some(GateRecord::Reached { slot: Some(slot), .. }) = GateRecord::read(record) {
+                assert!(!doors.is_open(slot));
+            }
+            self.0.lock().push(format!("{}", record.kind));
+        }
+        fn looked(&self, slot: usize, doors: &Doors) {
+            if self.1.fetch_add(1, SeqCst) == 1 {
+                doors.open(slot);
+            }
+        }
+    }
+
+    #[test]
+    fn a_task_waits_until_its_door_is_opened() {
+        use vgpu_spec::gate::{PASSED, REACHED};
+        let b = bench().ready();
+        let gate = |slot: u32| b.get(regs::GATE + 4 * slot);
+        b.send(0, Record { kind: REACHED, arg: [2 | 5 << 16, 0, 0, 0], ..Default::default() });
+        assert_eq!(gate(5), 1, "nobody decides");
+        let patient = Arc::new(Patient::default());
+        b.witness.conduct(patient.clone());
+        b.send(0, Record { kind: REACHED, arg: [2 | 5 << 16, 0, 0, 0], ..Default::default() });
+        assert_eq!((gate(5), gate(4), gate(63)), (0, 1, 1));
+        assert_eq!((gate(5), gate(5)), (1, 1));
+        b.send(0, Record { kind: PASSED, arg: [2 | 5 << 16, 0, 0, 0], ..Default::default() });
+        b.send(0, Record { kind: HELLO, ..Default::default() });
+        assert_eq!(*patient.0.lock(), [REACHED.to_string(), PASSED.to_string(), HELLO.to_string()]);
+        assert_eq!(b.get(regs::BAD_RECORDS), 0);
+        // A gate or a slot that does not exist.
+        for arg in [64, 64 << 16] {
+            b.send(0, Record { kind: REACHED, arg: [arg, 0, 0, 0], ..Default::default() });
+        }
+        assert_eq!((b.get(regs::BAD_RECORDS), b.oracle.counters().bad_records), (2, 2));
+        b.send(0, Record { kind: REACHED, arg: [7 << 16, 0, 0, 0], ..Default::default() });
+        let _ = b.witness.reset();
+        assert!(b.witness.doors.is_open(7), "nobody is held by a device that was reset");
     }
 
     proptest! {

@@ -15,6 +15,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use crate::gates::order::Order;
 use units::Add;
 
 /// Boots a Linux guest, shows it a virtual GPU, loads a driver that mirrors address spaces on it, and proves from the device's
@@ -204,7 +205,8 @@ pub enum FormatName {
 /// Options of `run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Workloads, by name (see `list workloads`). Without: the default suite, or none if --exec or --shell is given
+    /// Workloads and scenarios, by name (see `list workloads`, `list scenarios`). Without: the default suite, or none if --exec,
+    /// --shell or --scenario is given
     #[arg(value_name = "NAME")]
     pub names: Vec<String>,
     /// Machine under the guest
@@ -244,6 +246,16 @@ pub struct RunArgs {
     /// Seed of everything random; taken from the clock if not given, and always printed
     #[arg(long, value_name = "N", value_parser = seed)]
     pub seed: Option<u64>,
+    /// A scenario of your own, in TOML (see docs/gates.md)
+    #[arg(long, value_name = "FILE.toml")]
+    pub scenario: Option<PathBuf>,
+    /// Without the scenario's script, let those who wait at its gates go on in an order of chance, or in this one; the order in
+    /// which a violation was found is part of its replay command
+    #[arg(long, value_name = "SEED|GATE@ROLE,...", value_parser = clap::value_parser!(Order))]
+    pub gate_order: Option<Order>,
+    /// File for the scenario's last repetition, or that in which a violation was found, as a diagram
+    #[arg(long, value_name = "FILE.md")]
+    pub diagram: Option<PathBuf>,
     /// How many iterations each workload does
     #[arg(long, value_name = "N", conflicts_with = "duration", value_parser = clap::value_parser!(u64).range(1..))]
     pub iterations: Option<u64>,

@@ -7,6 +7,7 @@ pub mod console;
 pub mod doctor;
 pub mod event;
 pub mod failure;
+pub mod gates;
 pub mod initramfs;
 pub mod machine;
 pub mod mutants;

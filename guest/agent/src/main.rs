@@ -6,9 +6,11 @@
 
 mod board;
 mod boot;
+mod cast;
 mod client;
 mod device;
 mod exec;
+mod gates;
 mod memory;
 mod outcome;
 mod process;
@@ -23,6 +25,7 @@ use guest_protocol::{Case, DRIVER_MODULE, Message, Outcome, PLAN_PATH, Plan, WIT
 
 use crate::board::Board;
 use crate::device::real::Nodes;
+use crate::gates::Gates;
 use crate::outcome::{Checked, Doing, Failure};
 use crate::process::Child;
 use crate::report::{Host, Sink, note};
@@ -156,7 +159,8 @@ fn run_workload(plan: &WorkloadPlan, host: &Host) {
         // Orphans of the cases come to the workload, which waits for them.
         nix::sys::prctl::set_child_subreaper(true).doing("prctl")?;
         let program = Path::new("/init");
-        let ground = Ground { device: &Nodes, sink: host, board: &board, program };
+        let gates = Gates::new(host.witness());
+        let ground = Ground { device: &Nodes, sink: host, board: &board, program, gates };
         if workload::run(plan, &ground) {
             Ok(())
         } else {
@@ -167,7 +171,15 @@ fn run_workload(plan: &WorkloadPlan, host: &Host) {
         let ended = child.wait_long()?;
         child.judge(ended)
     });
+    // A workload that crashed has left its gates.
+    let cleared = Gates::new(host.witness()).clear();
     let (mut cases, mut failed) = (board.cases(), board.failed());
+    if let Err(errno) = cleared {
+        let why = outcome::describe(errno);
+        host.send(&crashed(None, format!("a task does not leave a function that was watched: {why}")));
+        cases += 1;
+        failed += 1;
+    }
     if let Err(failure) = result {
         host.send(&crashed(board.running(), format!("the workload's process died: {failure}")));
         cases += 1;

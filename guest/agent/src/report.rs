@@ -26,6 +26,11 @@ impl Host {
         Ok(())
     }
 
+    /// The open witness, if there is one.
+    pub(crate) fn witness(&self) -> Option<&File> {
+        self.witness.as_ref()
+    }
+
     /// Closes the witness, so that it can be unloaded. Messages go to the console from now on.
     pub(crate) fn close_witness(&mut self) {
         self.witness = None;

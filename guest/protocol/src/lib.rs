@@ -43,7 +43,81 @@ pub struct WorkloadPlan {
     pub seed: u64,
     /// How far it goes.
     pub extent: Extent,
+    /// The scenario that it is, if it is none of [`WORKLOADS`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scenario: Option<ScenarioPlan>,
 }
+
+/// A scenario: who plays in it, and where its gates are. When they are opened is for the host to decide.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, Eq)]
+pub struct ScenarioPlan {
+    /// What is played, once a repetition.
+    pub play: Play,
+    /// The gates, and the functions that are watched.
+    pub sites: Vec<SitePlan>,
+    /// Heartbeats that a gate stays closed at the most.
+    pub limit: u32,
+}
+
+/// What a scenario plays.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Play {
+    /// One of [`CASTS`].
+    Cast(String),
+    /// A round of one of [`WORKLOADS`].
+    Workload(String),
+    /// A command, as for `--exec`.
+    Command(String),
+}
+
+impl Default for Play {
+    fn default() -> Self {
+        Self::Cast(String::new())
+    }
+}
+
+/// A place in the guest where tasks are held, or are looked for.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, Eq)]
+pub struct SitePlan {
+    /// Its number.
+    pub id: u32,
+    /// As the witness takes it, such as `return:hmm_range_fault`.
+    pub place: String,
+    /// Role of a task that has none when it comes there, or empty.
+    #[serde(default)]
+    pub gives: String,
+    /// Nobody waits there.
+    #[serde(default)]
+    pub record: bool,
+    /// A function that is watched for tasks asleep in it.
+    #[serde(default)]
+    pub watch: bool,
+    /// It need not exist.
+    #[serde(default)]
+    pub optional: bool,
+}
+
+/// A cast's name and what it plays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CastInfo {
+    /// Name in scenarios.
+    pub name: &'static str,
+    /// One line.
+    pub about: &'static str,
+}
+
+/// Every cast, for scenarios to choose from.
+pub const CASTS: &[CastInfo] = &[
+    CastInfo {
+        name: "fault-and-drop",
+        about: "the device faults on a page (its fault handler) while thread D drops it; D comes to the gates user:drop and user:dropped",
+    },
+    CastInfo {
+        name: "drop-and-fault",
+        about: "thread D drops a page; while it does so the device faults on it; the faulting job is asked for after the gate user:fault",
+    },
+];
 
 /// How far a workload goes.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
@@ -93,6 +167,12 @@ pub const WORKLOADS: &[WorkloadInfo] = &[
     WorkloadInfo {
         name: "invalidate",
         about: "munmap, mremap, mprotect, madvise, fork and COW, hole punch, truncate under running engines; then the hole is touched from the device and must fault",
+        suite: true,
+        resets: false,
+    },
+    WorkloadInfo {
+        name: "races",
+        about: "memory goes at the hardest moment, made certain: a fault handler is held when it has found a page, an invalidation when the driver has been told",
         suite: true,
         resets: false,
     },

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
 use vgpu::function::Function as _;
+use vgpu::gates::{Conductor, Doors};
 use vgpu::memory::SystemMemory;
 use vgpu::oracle::{Oracle, OracleConfig};
 use vgpu::testing::anonymous_file;
@@ -21,6 +22,16 @@ impl GuestSink for Nobody {
     fn hello(&self, _: &Record) {}
 }
 
+/// Lets everybody go on at the second look.
+struct Porter;
+
+impl Conductor for Porter {
+    fn record(&self, _: &Record, _: &Doors) {}
+    fn looked(&self, slot: usize, doors: &Doors) {
+        doors.open(slot);
+    }
+}
+
 const RAM: u64 = 0x10_0000;
 
 fuzz_target!(|input: &[u8]| {
@@ -31,6 +42,7 @@ fuzz_target!(|input: &[u8]| {
     }
     let oracle = Oracle::new(OracleConfig { max_violations: 10, ..OracleConfig::default() });
     let witness = Witness::new(Arc::clone(&memory), Arc::clone(&oracle), Arc::new(Nobody));
+    witness.conduct(Arc::new(Porter));
     let _ = witness.config_write(4, &6_u16.to_le_bytes());
     let write = |register: u32, value: u32| drop(witness.bar_write(0, register.into(), &value.to_le_bytes()));
     write(regs::RECORDS_LO, RAM as u32);
@@ -45,7 +57,9 @@ fuzz_target!(|input: &[u8]| {
                 let mut bytes = [0; 64];
                 bytes.copy_from_slice(record);
                 if head[0] % 4 != 3 {
-                    bytes[..4].copy_from_slice(&(1 + u32::from(record[0] % 11)).to_le_bytes());
+                    let kind = u32::from(record[0]);
+                    let kind = if kind >= 0xc0 { 0x40 + kind % 8 } else { 1 + kind % 13 };
+                    bytes[..4].copy_from_slice(&kind.to_le_bytes());
                     bytes[8..16].copy_from_slice(&u64::from(record[8] % 4).to_le_bytes());
                 }
                 if memory.snapshot().write_object(RAM + 64 * slot, &bytes).is_ok() {

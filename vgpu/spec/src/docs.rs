@@ -4,7 +4,7 @@
 use core::fmt::Write as _;
 
 use crate::regs::{Access, Register, gpu, witness};
-use crate::{command, fault, job, pte, range, witness as records};
+use crate::{command, fault, gate, job, pte, range, witness as records};
 
 /// The whole page.
 #[must_use]
@@ -21,6 +21,7 @@ pub fn registers_md() -> String {
         ("Fault entries", fault::CONSTANTS),
         ("Witness records", records::CONSTANTS),
         ("Invalidations in witness records", range::CONSTANTS),
+        ("Gates: witness records, and why a task goes on", gate::CONSTANTS),
     ] {
         let _ = write!(out, "\n## {title}\n\n| name | value | meaning |\n|---|---|---|\n");
         for (name, value, doc) in list {

@@ -4,7 +4,7 @@
 use core::fmt::Write as _;
 
 use crate::regs::{Register, gpu, witness};
-use crate::{command, fault, handle, job, pte, range, witness as records};
+use crate::{command, fault, gate, handle, job, pte, range, witness as records};
 
 /// The whole header.
 #[must_use]
@@ -55,6 +55,9 @@ pub fn c_header() -> String {
         ("QUESTION_WORDS", records::QUESTION_WORDS),
         ("QUESTIONS_MOST", records::QUESTIONS_MOST as u64),
         ("MAX_MESSAGE", records::MAX_MESSAGE),
+        ("GATE_SLOTS", gate::SLOTS as u64),
+        ("GATE_SITES", gate::SITES as u64),
+        ("GATE_NO_SLOT", gate::NO_SLOT),
     ] {
         let _ = writeln!(out, "#define WITNESS_{name} {value:#x}");
     }
@@ -65,6 +68,7 @@ pub fn c_header() -> String {
         ("Faults", "VGPU_FAULT_", fault::CONSTANTS),
         ("Witness records", "WITNESS_REC_", records::CONSTANTS),
         ("Invalidations in witness records", "WITNESS_RANGE_", range::CONSTANTS),
+        ("Gates: witness records, and why a task goes on", "WITNESS_GATE_", gate::CONSTANTS),
     ] {
         let _ = write!(out, "\n/* {title} */\n");
         for (name, value, doc) in list {

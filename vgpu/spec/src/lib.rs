@@ -2,14 +2,15 @@
 //! The virtual GPU's programming interface, apart from any implementation of it.
 //!
 //! Everything that a driver and the device must agree on is declared here once: the register table ([`regs`]), commands
-//! ([`command`]), jobs ([`job`]), page-table entries ([`pte`]), the fault buffer ([`fault`]), handles ([`handle`]) and the
-//! witness's records ([`witness`]). [`header`] turns it into the C header that guest modules include and [`docs`] into
+//! ([`command`]), jobs ([`job`]), page-table entries ([`pte`]), the fault buffer ([`fault`]), handles ([`handle`]), the
+//! witness's records ([`witness`]) and gates ([`gate`]). [`header`] turns it into the C header that guest modules include and [`docs`] into
 //! docs/registers.md; tests compare both files with what is generated, so they cannot drift.
 #![forbid(unsafe_code)]
 
 pub mod command;
 pub mod docs;
 pub mod fault;
+pub mod gate;
 pub mod handle;
 pub mod header;
 pub mod job;

@@ -198,5 +198,7 @@ pub mod witness {
         REQUEST @ 0x018: ReadOnly;
         /// How many records were refused.
         BAD_RECORDS @ 0x01c: ReadOnly;
+        /// Gate slots: 1 when the task that waits in the slot may go on.
+        GATE @ 0x100[64]: ReadOnly;
     }
 }

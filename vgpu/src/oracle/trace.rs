@@ -7,10 +7,11 @@ use std::fmt::Write as _;
 
 use parking_lot::Mutex;
 use vgpu_spec::handle::Handle;
-use vgpu_spec::{job, pte, witness};
+use vgpu_spec::{gate, job, pte, witness};
 
 use super::event::DeviceEvent;
 use super::range::Range;
+use crate::gates::GateRecord;
 
 /// Entries kept.
 const ENTRIES: usize = 64 * 1024;
@@ -107,6 +108,8 @@ pub(super) fn leaf_last(va: u64, entry: u64) -> u64 {
 fn concerns(what: &What, ctx: Option<Handle>, mm: Option<u64>, va: Option<u64>) -> bool {
     use DeviceEvent as E;
     let event = match what {
+        // Where a scenario holds tasks that is a part of every story.
+        What::Witness(record) if GateRecord::is_kind(record.kind) => return record.kind != gate::ROLE,
         What::Witness(record) => {
             let place = match record.kind {
                 witness::RANGE_START | witness::RANGE_END => on_page(va, record.arg[0], record.arg[1]),
@@ -213,10 +216,23 @@ fn device(out: &mut String, event: &DeviceEvent) -> std::fmt::Result {
     }
 }
 
+/// A record of the witness in words, without who reports it.
+#[must_use]
+pub fn describe(record: &witness::Record) -> String {
+    let mut text = String::new();
+    let _ = witness(&mut text, record);
+    let text = text.strip_prefix("witness: ").unwrap_or(&text);
+    text.rsplit_once(" (task ").map_or(text, |(words, _)| words).to_owned()
+}
+
 fn witness(out: &mut String, record: &witness::Record) -> std::fmt::Result {
     let kind = |arg| if arg == 1 { "list" } else { "interval" };
     let (mm, arg) = (record.mm, record.arg[0]);
     out.push_str("witness: ");
+    if let Some(gate) = GateRecord::read(record) {
+        write!(out, "{gate}")?;
+        return write!(out, " (task {}/{}, cpu {})", record.tgid, record.pid, record.cpu);
+    }
     match record.kind {
         witness::HELLO => write!(out, "loaded"),
         witness::MM_BEGIN => write!(out, "address space {mm} begins, {} notifier", kind(arg)),

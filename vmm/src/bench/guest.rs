@@ -49,6 +49,10 @@ pub(super) fn config(workloads: Vec<String>, seed: u64, oracle: bool) -> RunConf
     RunConfig {
         append: None,
         vfio: None,
+        scenario: None,
+        scenario_file: None,
+        gate_order: None,
+        diagram: None,
         keep_going: false,
         program: "hmm-testbench".into(),
         command: "hmm-testbench bench".into(),

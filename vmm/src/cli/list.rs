@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `list`: names of things, with a line about each.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -8,6 +9,8 @@ use serde::Serialize;
 
 use super::ListKind;
 use crate::failure::{Failure, Result};
+use crate::gates;
+use crate::gates::script::Scenario;
 use crate::provision::{KERNELS, mutants};
 
 /// A name and what it is.
@@ -50,8 +53,23 @@ fn entries(kind: ListKind) -> Result<Vec<Entry>> {
                 path: Some(mutant.path),
             })
             .collect(),
-        ListKind::Scenarios | ListKind::Inject | ListKind::Gates => Vec::new(),
+        ListKind::Scenarios => {
+            gates::all()?.iter().map(|scenario| entry(&scenario.name, &scenario.about)).collect()
+        }
+        ListKind::Gates => gates_of(&gates::all()?, entry),
+        ListKind::Inject => Vec::new(),
     })
+}
+
+/// The places at which the testbench's own scenarios hold tasks, and which they are.
+fn gates_of(scenarios: &[Scenario], entry: impl Fn(&str, &str) -> Entry) -> Vec<Entry> {
+    let mut places: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for scenario in scenarios {
+        for gate in &scenario.gates {
+            places.entry(&gate.at).or_default().push(&scenario.name);
+        }
+    }
+    places.iter().map(|(place, of)| entry(place, &format!("in {}", of.join(", ")))).collect()
 }
 
 /// Prints the list.

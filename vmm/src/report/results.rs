@@ -4,6 +4,8 @@
 use serde::{Deserialize, Serialize};
 use vgpu::oracle::Violation;
 
+use crate::gates::engine::ScenarioResult;
+
 /// Version of this form; goes up when a field's meaning changes.
 pub const SCHEMA_VERSION: u32 = 1;
 
@@ -84,6 +86,9 @@ pub struct Results {
     pub workloads: Vec<WorkloadResult>,
     /// Exit status of the command of `--exec`; none if there was none or it did not end.
     pub exec_status: Option<i32>,
+    /// What came of the scenario, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scenario: Option<ScenarioResult>,
     /// What was checked.
     pub counters: Counters,
     /// What was found.
@@ -302,6 +307,7 @@ pub(crate) mod tests {
                 detail: Some("not run: guest died".into()),
             }],
             exec_status: Some(3),
+            scenario: None,
             counters: Counters { accesses: 1, ..Counters::default() },
             violations: vec![ViolationRecord::new(&violation, Some("release".into()), "replay".into())],
             boot_complaints: vec![],

@@ -4,7 +4,9 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use guest_protocol::Extent;
+use clap::ValueEnum;
+use clap::builder::PossibleValue;
+use guest_protocol::{Extent, WORKLOADS};
 use serde::{Deserialize, Serialize};
 
 use super::{plan, replay};
@@ -12,6 +14,9 @@ use crate::cli::units::Add;
 use crate::cli::vfio::Vfio;
 use crate::cli::{AccelName, BackendName, MachineName, PolicyName, RunArgs, not_yet};
 use crate::failure::{Failure, Result};
+use crate::gates;
+use crate::gates::order::Order;
+use crate::gates::script::{Scenario, Script};
 use crate::machine::Accel;
 
 /// What is to be run.
@@ -67,13 +72,27 @@ pub struct RunConfig {
     pub vfio: Option<Vfio>,
     /// Run to the end whatever is found.
     pub keep_going: bool,
+    /// The scenario, which is one of the workloads by its name.
+    pub scenario: Option<Scenario>,
+    /// The file it is from, if it is the user's.
+    pub scenario_file: Option<PathBuf>,
+    /// The order of its gates, if its script is not to be followed.
+    pub gate_order: Option<Order>,
+    /// File for its diagram.
+    pub diagram: Option<PathBuf>,
 }
 
 impl RunConfig {
     /// From the command line; what can be seen to be wrong without starting anything is refused here.
     pub fn new(args: RunArgs, words: &[String]) -> Result<Self> {
         not_yet::refuse(&args)?;
-        let workloads = plan::workloads(&args.names, args.exec.is_some() || args.shell)?;
+        let (scenario, names) = scenario(&args)?;
+        let others: Vec<String> =
+            names.iter().filter(|name| scenario.as_ref().is_none_or(|s| s.name != **name)).cloned().collect();
+        let something_else = args.exec.is_some() || args.shell || scenario.is_some();
+        let workloads = plan::workloads(&others, something_else)?;
+        // In the order in which they were named.
+        let workloads = if scenario.is_some() { names } else { workloads };
         for (option, path) in
             args.driver.iter().map(|p| ("--driver", p)).chain(args.patch.iter().map(|p| ("--patch", p)))
         {
@@ -153,8 +172,71 @@ impl RunConfig {
             out: args.out,
             append: args.append,
             keep_going: args.keep_going,
+            scenario,
+            scenario_file: args.scenario,
+            gate_order: args.gate_order,
+            diagram: args.diagram,
         })
     }
+
+    /// What a scenario's `when` is held against.
+    #[must_use]
+    pub fn variants(&self) -> Vec<String> {
+        let name = |value: Option<PossibleValue>| value.map(|value| value.get_name().to_owned());
+        let policy = self.policy.and_then(|policy| name(policy.to_possible_value()));
+        name(self.backend.to_possible_value()).into_iter().chain(policy).collect()
+    }
+
+    /// The scenario and its script, if there is one. It was looked at when the run was configured.
+    pub fn script(&self) -> Result<Option<(&Scenario, Script)>> {
+        let Some(scenario) = &self.scenario else { return Ok(None) };
+        let script = scenario
+            .compile(&self.variants().iter().map(String::as_str).collect::<Vec<_>>())
+            .map_err(|why| Failure::usage(format!("{}: {why}", scenario.name)))?;
+        Ok(Some((scenario, script)))
+    }
+}
+
+/// The scenario of a run, and the names of all that is to be run.
+fn scenario(args: &RunArgs) -> Result<(Option<Scenario>, Vec<String>)> {
+    let mut names = args.names.clone();
+    let mut found = args.scenario.as_deref().map(gates::from_file).transpose()?;
+    if let Some(scenario) = &found {
+        if WORKLOADS.iter().any(|workload| workload.name == scenario.name) {
+            return Err(Failure::usage(format!("--scenario: {:?} is the name of a workload", scenario.name)));
+        }
+        names.push(scenario.name.clone());
+    }
+    for name in &args.names {
+        if let Some(scenario) = gates::built_in(name)? {
+            if found.replace(scenario).is_some() {
+                return Err(Failure::usage("one scenario a run: its gates are all that can be decided on"));
+            }
+        }
+    }
+    let only = [(args.gate_order.is_some(), "--gate-order"), (args.diagram.is_some(), "--diagram")];
+    match (&found, only.iter().find(|(given, _)| *given)) {
+        (None, Some((_, option))) => {
+            return Err(Failure::usage(format!("{option} belongs to a scenario"))
+                .remedy(format!("there are: {}", gates::names().collect::<Vec<_>>().join(", "))));
+        }
+        (Some(scenario), _) => {
+            let wrong = |why: String| Failure::usage(format!("{}: {why}", scenario.name));
+            let script = scenario.compile(&[]).map_err(wrong)?;
+            if let Some(order) = &args.gate_order {
+                order.check(&script).map_err(|why| Failure::usage(format!("--gate-order: {why}")))?;
+            }
+            let backend = args.backend.to_possible_value().map(|value| value.get_name().to_owned());
+            if let (Some(wanted), Some(backend)) = (&scenario.backend, backend) {
+                if *wanted != backend {
+                    return Err(Failure::usage(format!("{} is about the backend {wanted}", scenario.name))
+                        .remedy(format!("add --backend {wanted}")));
+                }
+            }
+        }
+        (None, None) => {}
+    }
+    Ok((found, names))
 }
 
 /// How to call this program again, from any folder.
@@ -199,6 +281,10 @@ impl RunConfig {
             append: None,
             vfio: None,
             keep_going: false,
+            scenario: None,
+            scenario_file: None,
+            gate_order: None,
+            diagram: None,
         }
     }
 }

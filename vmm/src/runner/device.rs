@@ -2,7 +2,7 @@
 //! The device side of a run: GPU, witness and oracle, and how a machine gets them.
 
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -16,6 +16,7 @@ use vgpu_spec::regs::gpu::{FAULT_GET, FAULT_PUT};
 use super::hang::Standing;
 use super::session::DeviceSide;
 use crate::failure::{Failure, Result};
+use crate::gates::engine::Engine;
 use crate::machine::FunctionSlot;
 use crate::report::results::Counters;
 
@@ -28,6 +29,7 @@ pub struct Device {
     witness_memory: Arc<SystemMemory>,
     gpu_interrupts: Arc<InterruptSwitch>,
     witness_interrupts: Arc<InterruptSwitch>,
+    engine: OnceLock<Arc<Engine>>,
 }
 
 impl Device {
@@ -53,6 +55,7 @@ impl Device {
             witness_memory,
             gpu_interrupts,
             witness_interrupts: Arc::new(InterruptSwitch::new()),
+            engine: OnceLock::new(),
         })
     }
 
@@ -60,6 +63,13 @@ impl Device {
     #[must_use]
     pub fn oracle(enabled: bool, config: &GpuConfig) -> Arc<Oracle> {
         Oracle::new(OracleConfig { enabled, contexts: config.contexts, ..OracleConfig::default() })
+    }
+
+    /// Who decides on gates. Before the guest runs.
+    pub fn conduct(&self, engine: Arc<Engine>) {
+        self.witness.conduct(engine.clone());
+        // The first one stays.
+        let _ = self.engine.set(engine);
     }
 
     /// What a machine is given.
@@ -141,6 +151,9 @@ impl DeviceSide for Device {
     }
     fn request(&self, bits: u32) {
         self.witness.request(bits);
+    }
+    fn roles(&self) -> Vec<(u32, String)> {
+        self.engine.get().map_or(Vec::new(), |engine| engine.roles())
     }
     fn report(&self, violation: Violation) {
         self.oracle.report(violation);

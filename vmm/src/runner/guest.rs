@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Where the witness's function and the oracle hand over what they get, on the machine's threads.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
+use std::sync::{Arc, OnceLock};
 
-use guest_protocol::Message;
+use guest_protocol::{Case, Message};
 use parking_lot::Mutex;
-use vgpu::oracle::{Oracle, Violation};
+use vgpu::oracle::{Oracle, Rule, Violation};
 use vgpu::witness::GuestSink;
 use vgpu_spec::witness::Record;
 
 use super::session::Input;
+use crate::gates::engine::Engine;
 
 /// Takes what the guest says and puts it into the session's queue.
 ///
@@ -23,6 +24,7 @@ pub struct GuestLine {
     hello: AtomicBool,
     heartbeats: AtomicU64,
     missed: AtomicU64,
+    engine: OnceLock<Arc<Engine>>,
 }
 
 impl GuestLine {
@@ -35,7 +37,18 @@ impl GuestLine {
             hello: AtomicBool::new(false),
             heartbeats: AtomicU64::new(0),
             missed: AtomicU64::new(0),
+            engine: OnceLock::new(),
         })
+    }
+    /// Who follows the scenario, to be told what is found while the guest stands still.
+    pub fn follows(&self, engine: Arc<Engine>) {
+        // The first one stays.
+        let _ = self.engine.set(engine);
+    }
+    fn found(&self, what: &str) {
+        if let Some(engine) = self.engine.get() {
+            engine.found(what);
+        }
     }
     /// The witness has said hello.
     #[must_use]
@@ -62,6 +75,7 @@ impl GuestSink for GuestLine {
                 match &message {
                     Message::WorkloadStart { workload, .. } => *self.workload.lock() = Some(workload.clone()),
                     Message::WorkloadEnd { .. } => *self.workload.lock() = None,
+                    Message::Case(Case { mismatch: Some(_), .. }) => self.found(Rule::DataMismatch.name()),
                     _ => {}
                 }
                 Input::Message(Box::new(message))
@@ -105,6 +119,7 @@ impl Finds {
         let kept = Arc::clone(&finds);
         oracle.on_violation(Box::new(move |violation| {
             let workload = line.workload.lock().clone();
+            line.found(violation.rule.name());
             let mut violation = violation.clone();
             violation.replay = Some(replay(workload.as_deref()));
             kept.finds.lock().push((violation.clone(), workload));

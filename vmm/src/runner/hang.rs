@@ -6,6 +6,7 @@
 
 use vgpu::oracle::{Rule, Violation};
 
+use super::locks;
 use crate::console::lines::printk;
 
 /// What the device stands at.
@@ -34,6 +35,8 @@ pub struct Clues {
     pub heartbeats: u64,
     /// Where in the plan, such as `in access`.
     pub place: String,
+    /// What tasks are called in the scenario that runs, by thread id.
+    pub roles: Vec<(u32, String)>,
 }
 
 /// Functions in which a task waits for what another has to let go, or to end.
@@ -216,7 +219,11 @@ pub fn judge(clues: &Clues) -> Violation {
         all.iter().filter(|task| task.lock().is_some() && (task.blocked || task.at_work())).collect();
     let busy: Vec<&Task> = all.iter().filter(|task| task.at_work()).collect();
     let Standing { faults_parked: parked, faults_untaken: untaken, interrupts, .. } = clues.standing;
-    let (rule, what) = if !locked.is_empty() {
+    // The driver's own word on its locks, where it has one, says who waits for whom.
+    let circle = locks::deadlock(&clues.stacks, &clues.roles);
+    let (rule, what) = if let Some((circle, _)) = &circle {
+        (Rule::HangDeadlock, circle.clone())
+    } else if !locked.is_empty() {
         (Rule::HangDeadlock, format!("blocked: {}", told(&locked)))
     } else if !busy.is_empty() {
         (Rule::HangLivelock, format!("no task waits for a lock; at work without end: {}", told(&busy)))
@@ -246,7 +253,9 @@ pub fn judge(clues: &Clues) -> Violation {
             shown.push(task);
         }
     }
-    violation.events = shown.iter().flat_map(|task| task.lines.iter().cloned()).collect();
+    let waits = circle.map_or(Vec::new(), |(_, waits)| waits);
+    let stacks = shown.iter().flat_map(|task| task.lines.iter().cloned());
+    violation.events = waits.into_iter().chain(stacks).collect();
     if violation.events.is_empty() {
         violation.events = clues.stacks.clone();
     }

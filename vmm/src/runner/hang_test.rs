@@ -41,7 +41,7 @@ const SPINNING: &str = "\
 
 fn clues(stacks: &str, still: bool, standing: Standing) -> Clues {
     let stacks = stacks.lines().map(str::to_owned).collect();
-    Clues { stacks, standing, still, heartbeats: 300, place: "in access".into() }
+    Clues { stacks, standing, still, heartbeats: 300, place: "in access".into(), roles: Vec::new() }
 }
 
 fn standing(parked: u64, untaken: u64) -> Standing {
@@ -103,4 +103,27 @@ fn nonsense_is_no_trouble() {
         let _ = judge(&clues(text, true, standing(0, 0)));
         let _ = judge(&clues(&format!("task:a state:D pid:1\n{text}"), true, standing(0, 0)));
     }
+}
+
+#[test]
+fn a_drivers_word_on_its_locks_says_who_waits_for_whom() {
+    let text = "task:a               state:D stack:0     pid:1     tgid:1     ppid:1      flags:0x0
+Call Trace:
+ schedule+0x1/0x2
+ rwsem_down_read_slowpath+0x1/0x2
+[    9.000001] hmm_vgpu: hmm_lock: a/1 holds x (exclusive) since 1
+[    9.000002] hmm_vgpu: hmm_lock: a/1 waits for y (exclusive) since 3
+[    9.000003] hmm_vgpu: hmm_lock: b/2 holds y (exclusive) since 2
+[    9.000004] hmm_vgpu: hmm_lock: b/2 waits for x (exclusive) since 4";
+    let mut clues = clues(text, true, Standing::default());
+    clues.roles = vec![(2, "B".into())];
+    let violation = judge(&clues);
+    assert_eq!(violation.rule, Rule::HangDeadlock);
+    assert!(
+        violation.summary.ends_with("B waits for a (pid 1) (x), a (pid 1) waits for B (y)"),
+        "{}",
+        violation.summary
+    );
+    assert_eq!(violation.events[0], "B (b/2) waits for x, held by a (pid 1)");
+    assert!(violation.events.iter().any(|line| line.contains("rwsem_down_read_slowpath")));
 }

@@ -6,6 +6,7 @@ pub mod config;
 pub mod device;
 pub mod guest;
 pub mod hang;
+pub mod locks;
 pub mod parts;
 pub mod plan;
 pub mod replay;
@@ -19,6 +20,7 @@ pub mod verdict;
 pub mod watch;
 
 use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::sync_channel;
@@ -35,6 +37,8 @@ use crate::cli::vfio::Vfio;
 use crate::console::Console;
 use crate::event::{Event, EventSink};
 use crate::failure::{Failure, FailureKind, Result};
+use crate::gates::diagram;
+use crate::gates::engine::Engine;
 use crate::machine::kvm::KvmOptions;
 use crate::machine::{Accel, MachineConfig, kvm, qemu};
 use crate::nested::carried::Outer;
@@ -80,7 +84,8 @@ pub fn run(config: &RunConfig, events: &Arc<dyn EventSink>, interrupted: &Atomic
         note_failure(&mut results, failure);
     }
     results.seconds = begin.elapsed().as_secs_f64();
-    if let Some(Err(trouble)) = out.map(|out| out.write(&results)) {
+    let drawn = config.diagram.as_deref().map_or(Ok(()), |file| draw(config, &results, file));
+    if let Err(trouble) = out.map_or(Ok(()), |out| out.write(&results)).and(drawn) {
         // A verdict that was reached stands; it is on the terminal.
         events.event(Event::Note { text: trouble.to_string() });
         if failure.is_none() && results.verdict != Verdict::Violation {
@@ -89,6 +94,14 @@ pub fn run(config: &RunConfig, events: &Arc<dyn EventSink>, interrupted: &Atomic
         }
     }
     Outcome { results, failure }
+}
+
+/// Writes the scenario's diagram to its file.
+fn draw(config: &RunConfig, results: &Results, file: &Path) -> Result<()> {
+    let Some(scenario) = &results.scenario else { return Ok(()) };
+    let command = replay::diagram_of(config);
+    std::fs::write(file, diagram::page(scenario, &command))
+        .map_err(|error| Failure::environment(format!("--diagram {}: {error}", file.display())))
 }
 
 fn make(
@@ -197,10 +210,20 @@ fn follow(
     let line = GuestLine::new(queue.clone());
     let size = GpuConfig { jitter: config.jitter.then_some(config.seed), ..GpuConfig::default() };
     let oracle = Device::oracle(config.oracle, &size);
-    let replay = config.clone();
-    let (finds, violations) =
-        Finds::follow(&oracle, Arc::clone(&line), move |workload| replay::command(&replay, workload));
+    let script = config.script()?;
+    let hang = script.as_ref().is_some_and(|(scenario, _)| scenario.hang);
+    let engine =
+        script.map(|(scenario, script)| Engine::new(&scenario.name, script, config.gate_order.clone()));
+    let (replay, orders) = (config.clone(), engine.clone());
+    let (finds, violations) = Finds::follow(&oracle, Arc::clone(&line), move |workload| {
+        let order = orders.as_ref().and_then(|engine| engine.order());
+        replay::command_in_order(&replay, workload, order)
+    });
     let device = Device::new(Arc::clone(&oracle), size, line.clone())?;
+    if let Some(engine) = &engine {
+        device.conduct(Arc::clone(engine));
+        line.follows(Arc::clone(engine));
+    }
     let start = Instant::now();
     let mut machine = start_machine(config, parts, &device, initramfs, accel, queue, outer)?;
     let session = Session::new(Given {
@@ -212,13 +235,20 @@ fn follow(
         interactive: config.shell,
         limits: Limits {
             violation_heartbeats: limits.violation_heartbeats.filter(|_| !config.keep_going),
+            hang_heartbeats: if hang { limits.suspect_heartbeats } else { limits.hang_heartbeats },
             ..limits
         },
         start,
     });
     let end = session.follow(inputs, &violations, interrupted);
     drop(machine);
-    conclude(config, results, &end, &Seen { device: &device, oracle: &oracle, line: &line, finds: &finds });
+    let engine = engine.as_deref();
+    conclude(
+        config,
+        results,
+        &end,
+        &Seen { device: &device, oracle: &oracle, line: &line, finds: &finds, engine },
+    );
     Ok(())
 }
 
@@ -264,6 +294,7 @@ struct Seen<'a> {
     oracle: &'a Oracle,
     line: &'a GuestLine,
     finds: &'a Finds,
+    engine: Option<&'a Engine>,
 }
 
 fn conclude(config: &RunConfig, results: &mut Results, end: &End, seen: &Seen<'_>) {
@@ -293,6 +324,7 @@ fn conclude(config: &RunConfig, results: &mut Results, end: &End, seen: &Seen<'_
         interrupted: end.interrupted,
         garbled: end.garbled,
         loose: end.story.loose.clone(),
+        scenario: seen.engine.map_or(Vec::new(), Engine::doubts),
     };
     let (verdict, reasons) = verdict::judge(&evidence);
     results.verdict = verdict;
@@ -303,12 +335,14 @@ fn conclude(config: &RunConfig, results: &mut Results, end: &End, seen: &Seen<'_
         Verdict::Inconclusive | Verdict::Error => FailureKind::Inconclusive.exit_status(),
     };
     results.exec_status = end.story.exec_status;
+    results.scenario = seen.engine.map(Engine::result);
     results.counters = counters;
     results.violations = violations
         .iter()
         .map(|violation| {
             let workload = seen.finds.workload(violation);
-            let replay = replay::command(config, workload.as_deref());
+            let order = seen.engine.and_then(Engine::order);
+            let replay = replay::command_in_order(config, workload.as_deref(), order);
             ViolationRecord::new(violation, workload, replay)
         })
         .collect();
@@ -351,6 +385,7 @@ fn blank(config: &RunConfig) -> Results {
         oracle: config.oracle,
         workloads: Vec::new(),
         exec_status: None,
+        scenario: None,
         counters: Default::default(),
         violations: Vec::new(),
         boot_complaints: Vec::new(),

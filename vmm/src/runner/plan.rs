@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the guest is told: its plan, its seeds, its kernel's command line.
 
-use guest_protocol::{Plan, WORKLOADS, WorkloadPlan};
+use guest_protocol::{Extent, Plan, WORKLOADS, WorkloadPlan};
 
 use super::RunConfig;
 use crate::cli::BackendName;
 use crate::failure::{Failure, Result};
+use crate::gates;
 
 /// The kernel's command line.
 ///
@@ -31,8 +32,10 @@ pub fn workloads(names: &[String], something_else: bool) -> Result<Vec<String>> 
     for name in names {
         if !WORKLOADS.iter().any(|workload| workload.name == name) {
             let known: Vec<&str> = WORKLOADS.iter().map(|workload| workload.name).collect();
-            return Err(Failure::usage(format!("there is no workload `{name}`"))
-                .remedy(format!("there are: {}", known.join(", "))));
+            let scenarios: Vec<&str> = gates::names().collect();
+            return Err(Failure::usage(format!("there is no workload or scenario `{name}`")).remedy(
+                format!("there are: {}; and scenarios: {}", known.join(", "), scenarios.join(", ")),
+            ));
         }
     }
     Ok(names.to_vec())
@@ -41,14 +44,23 @@ pub fn workloads(names: &[String], something_else: bool) -> Result<Vec<String>> 
 /// The plan of a run.
 #[must_use]
 pub fn plan(config: &RunConfig) -> Plan {
+    // A scenario that cannot be followed has been refused when the run was configured.
+    let script = config.script().ok().flatten();
     Plan {
         workloads: config
             .workloads
             .iter()
-            .map(|name| WorkloadPlan {
-                name: name.clone(),
-                seed: workload_seed(config.seed, name),
-                extent: config.extent,
+            .map(|name| {
+                let scenario = script.as_ref().filter(|(scenario, _)| scenario.name == *name);
+                WorkloadPlan {
+                    name: name.clone(),
+                    seed: workload_seed(config.seed, name),
+                    extent: match (scenario, config.extent) {
+                        (Some((scenario, _)), Extent::Default) => Extent::Iterations(scenario.repetitions),
+                        (_, extent) => extent,
+                    },
+                    scenario: scenario.map(|(scenario, script)| scenario.plan(script)),
+                }
             })
             .collect(),
         exec: config.exec.clone(),

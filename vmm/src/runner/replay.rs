@@ -8,6 +8,7 @@ use guest_protocol::Extent;
 use super::RunConfig;
 use crate::cli::units::{show_millis, show_size};
 use crate::cli::{BackendName, DEFAULT_CPUS, DEFAULT_KERNEL, DEFAULT_MACHINE};
+use crate::gates::order::Order;
 
 /// Words as one line that a POSIX shell reads back as the same words.
 #[must_use]
@@ -27,10 +28,17 @@ fn quote_word(word: &str) -> String {
 /// The command that finds again what was found in `workload`, or in the run as a whole if it was in none.
 #[must_use]
 pub fn command(config: &RunConfig, workload: Option<&str>) -> String {
+    command_in_order(config, workload, None)
+}
+
+/// The same, with the order of gates in which it was found, where that was chosen.
+#[must_use]
+pub fn command_in_order(config: &RunConfig, workload: Option<&str>, order: Option<String>) -> String {
     let mut words: Vec<String> = vec![config.program.clone(), "run".into()];
     match workload {
+        Some(workload) if from_file(config, workload) => {}
         Some(workload) => words.push(workload.into()),
-        None => words.extend(config.workloads.iter().cloned()),
+        None => words.extend(config.workloads.iter().filter(|name| !from_file(config, name)).cloned()),
     }
     if config.machine != DEFAULT_MACHINE {
         words.extend(["--machine".into(), config.machine.to_string()]);
@@ -68,6 +76,15 @@ pub fn command(config: &RunConfig, workload: Option<&str>) -> String {
     for patch in &config.patches {
         option("--patch", absolute(patch));
     }
+    let of_scenario = |name: &str| config.scenario.as_ref().is_some_and(|scenario| scenario.name == name);
+    if workload.is_none_or(of_scenario) {
+        if let Some(file) = &config.scenario_file {
+            option("--scenario", absolute(file));
+        }
+        if let Some(order) = order.or_else(|| config.gate_order.as_ref().map(Order::to_string)) {
+            option("--gate-order", order);
+        }
+    }
     option("--seed", config.seed.to_string());
     match config.extent {
         Extent::Default => {}
@@ -94,6 +111,23 @@ pub fn command(config: &RunConfig, workload: Option<&str>) -> String {
         words.push("--no-oracle".into());
     }
     quote(words)
+}
+
+/// How a scenario was run, as its diagram says it: what the reader has to know, without paths and seeds.
+#[must_use]
+pub fn diagram_of(config: &RunConfig) -> String {
+    let mut words = vec!["hmm-testbench".to_owned(), "run".to_owned()];
+    words.extend(config.scenario.iter().map(|scenario| scenario.name.clone()));
+    for patch in &config.patches {
+        let name = patch.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        words.extend(["--patch".to_owned(), name]);
+    }
+    quote(words)
+}
+
+/// A scenario that a file names, and not a word on the command line.
+fn from_file(config: &RunConfig, name: &str) -> bool {
+    config.scenario_file.is_some() && config.scenario.as_ref().is_some_and(|scenario| scenario.name == name)
 }
 
 fn absolute(path: &Path) -> String {
@@ -133,6 +167,26 @@ mod tests {
         assert_eq!(
             command(&config, None),
             "hmm-testbench run access release --memory 1G --patch '/tmp/my patch' --seed 42 --duration 30s --exec 'echo hi; exit 1'"
+        );
+    }
+
+    #[test]
+    fn a_scenario_is_named_with_its_order() {
+        let mut config = RunConfig::for_tests();
+        config.scenario = crate::gates::built_in("fault-under-invalidate").unwrap();
+        config.workloads = vec!["fault-under-invalidate".into(), "access".into()];
+        config.gate_order = Some(Order::Seed(3));
+        let found =
+            command_in_order(&config, Some("fault-under-invalidate"), Some("found@fault,drop@D".into()));
+        assert_eq!(
+            found,
+            "hmm-testbench run fault-under-invalidate --memory 1G --gate-order found@fault,drop@D --seed 1"
+        );
+        assert_eq!(command(&config, Some("access")), "hmm-testbench run access --memory 1G --seed 1");
+        config.scenario_file = Some("/tmp/x.toml".into());
+        assert_eq!(
+            command(&config, None),
+            "hmm-testbench run access --memory 1G --scenario /tmp/x.toml --gate-order 3 --seed 1"
         );
     }
 

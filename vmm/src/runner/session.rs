@@ -51,6 +51,10 @@ pub trait DeviceSide {
     fn standing(&self) -> Standing;
     /// Asks the witness for something.
     fn request(&self, bits: u32);
+    /// What tasks are called in the scenario that runs, by thread id.
+    fn roles(&self) -> Vec<(u32, String)> {
+        Vec::new()
+    }
     /// Takes a violation found here.
     fn report(&self, violation: Violation);
 }
@@ -382,6 +386,7 @@ impl<'a> Session<'a> {
             still: standing.activity == self.stood.activity,
             heartbeats: self.watch.stalled(),
             place: self.place(),
+            roles: self.device.roles(),
         });
         self.end.lost = Some("the guest hung and was ended".to_owned());
         self.hung = true;

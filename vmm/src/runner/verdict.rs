@@ -34,6 +34,8 @@ pub struct Evidence {
     pub garbled: u64,
     /// What failed outside of the workloads.
     pub loose: Vec<String>,
+    /// Why it is not certain that a scenario went as it was written.
+    pub scenario: Vec<String>,
 }
 
 /// The verdict and its reasons.
@@ -83,6 +85,9 @@ fn doubts(evidence: &Evidence) -> Vec<String> {
         doubts.push("every workload was skipped".to_owned());
     }
     doubts.extend(evidence.loose.iter().cloned());
+    if !gone {
+        doubts.extend(evidence.scenario.iter().cloned());
+    }
     match evidence.exec_status {
         Some(0) => {}
         Some(status) => doubts.push(format!("the command ended with status {status}")),
@@ -202,7 +207,8 @@ mod tests {
 
     #[test]
     fn whatever_was_not_seen_is_inconclusive() {
-        let changes: [fn(&mut Evidence); 18] = [
+        let changes: [fn(&mut Evidence); 19] = [
+            |e| e.scenario.push("a gate was not come to".into()),
             |e| e.hello = false,
             |e| e.counters.heartbeats = 0,
             |e| e.counters.probes_missed = 1,

@@ -13,6 +13,7 @@ mod access;
 mod bench;
 mod invalidate;
 mod migrate;
+mod races;
 mod release;
 mod removal;
 mod stress;
@@ -29,6 +30,7 @@ use guest_protocol::{Case, Extent, Message, Outcome, WorkloadPlan};
 use crate::board::{Board, LANES};
 use crate::boot::cpus;
 use crate::device::Device;
+use crate::gates::Gates;
 use crate::outcome::{Checked, Doing, Failure};
 use crate::process::Child;
 use crate::report::Sink;
@@ -51,6 +53,8 @@ pub(crate) struct Ground<'a> {
     pub(crate) board: &'a Board,
     /// A program that ends at once when it is run with [`EXIT_ARGUMENT`].
     pub(crate) program: &'a Path,
+    /// Where tasks can be held.
+    pub(crate) gates: Gates<'a>,
 }
 
 /// Makes [`Ground::program`] end at once.
@@ -71,6 +75,8 @@ const ALL: &[Workload] = &[
     Workload { name: "release", rounds: release::ROUNDS, lanes: true, round: release::round },
     Workload { name: "unregister", rounds: unregister::ROUNDS, lanes: true, round: unregister::round },
     Workload { name: "invalidate", rounds: invalidate::ROUNDS, lanes: true, round: invalidate::round },
+    // There is one set of gates.
+    Workload { name: "races", rounds: races::ROUNDS, lanes: false, round: races::round },
     Workload { name: "stress", rounds: stress::ROUNDS, lanes: false, round: stress::round },
     Workload { name: "migrate", rounds: migrate::ROUNDS, lanes: false, round: migrate::round },
     Workload { name: "removal", rounds: removal::ROUNDS, lanes: false, round: removal::round },
@@ -92,9 +98,24 @@ pub(crate) struct Round<'r, 'a> {
     iteration: u64,
 }
 
-impl Round<'_, '_> {
+impl<'r, 'a> Round<'r, 'a> {
+    /// A round of something that is no workload of its own.
+    pub(crate) fn of(ground: &'r Ground<'a>, workload: &'static str, seed: u64, iteration: u64) -> Self {
+        Self { ground, workload, seed, iteration }
+    }
+
+    /// Where tasks can be held.
+    pub(crate) fn gates(&self) -> Gates<'a> {
+        self.ground.gates
+    }
+
+    /// Which one it is.
+    pub(crate) fn iteration(&self) -> u64 {
+        self.iteration
+    }
+
     /// The device.
-    pub(crate) fn device(&self) -> &dyn Device {
+    pub(crate) fn device(&self) -> &'a dyn Device {
         self.ground.device
     }
 
@@ -149,6 +170,9 @@ impl Round<'_, '_> {
 
 /// Runs a workload of the plan and reports its cases; its caller reports its end. False if there is none of that name.
 pub(crate) fn run(plan: &WorkloadPlan, ground: &Ground<'_>) -> bool {
+    if let Some(scenario) = &plan.scenario {
+        return crate::cast::run(plan, scenario, ground);
+    }
     let Some(workload) = ALL.iter().chain(HIDDEN).find(|workload| workload.name == plan.name) else {
         return false;
     };
@@ -164,6 +188,15 @@ pub(crate) fn run(plan: &WorkloadPlan, ground: &Ground<'_>) -> bool {
         course.run_lanes(ground);
     }
     true
+}
+
+/// A round of a workload by name, within something else. False if there is none of that name.
+pub(crate) fn one_round(name: &str, round: &mut Round<'_, '_>) -> bool {
+    let workload = ALL.iter().find(|workload| workload.name == name);
+    workload.is_some_and(|workload| {
+        (workload.round)(round);
+        true
+    })
 }
 
 /// How many lanes a workload has with so many rounds, or with time for any number.

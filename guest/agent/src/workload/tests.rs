@@ -4,11 +4,12 @@
 use std::path::Path;
 use std::sync::Mutex;
 
-use guest_protocol::{Case, Extent, Message, Outcome, WORKLOADS, WorkloadPlan};
+use guest_protocol::{CASTS, Case, Extent, Message, Outcome, Play, ScenarioPlan, WORKLOADS, WorkloadPlan};
 
 use super::{Ground, run};
 use crate::board::Board;
 use crate::device::model::Model;
+use crate::gates::Gates;
 use crate::process::Child;
 use crate::report::Sink;
 
@@ -21,12 +22,24 @@ impl Sink for Collected {
     }
 }
 
+/// The scenario that a cast's name stands for.
+fn scenario_of(name: &str) -> Option<ScenarioPlan> {
+    let known = CASTS.iter().any(|cast| cast.name == name);
+    known.then(|| ScenarioPlan { play: Play::Cast(name.to_owned()), ..ScenarioPlan::default() })
+}
+
 /// Runs one round of a workload in this process.
 fn round_of(name: &str, seed: u64, corrupt: bool) -> Vec<Case> {
     let (sink, board) = (Collected::default(), Board::new().unwrap());
     let device = Model { corrupt };
-    let ground = Ground { device: &device, sink: &sink, board: &board, program: Path::new("/bin/true") };
-    let plan = WorkloadPlan { name: name.to_owned(), seed, extent: Extent::Iterations(1) };
+    let program = Path::new("/bin/true");
+    let ground = Ground { device: &device, sink: &sink, board: &board, program, gates: Gates::new(None) };
+    let plan = WorkloadPlan {
+        name: name.to_owned(),
+        seed,
+        extent: Extent::Iterations(1),
+        scenario: scenario_of(name),
+    };
     assert!(run(&plan, &ground));
     let cases: Vec<Case> = sink
         .0
@@ -47,9 +60,9 @@ fn passes(name: &'static str) {
     let mut child = Child::spawn(|_| {
         nix::sys::prctl::set_child_subreaper(true).unwrap();
         for case in round_of(name, 1, false) {
-            // Not every host hands out huge pages, or has the driver's device in its sysfs.
+            // Not every host hands out huge pages, or has the driver's device in its sysfs; none holds tasks.
             let may_skip = case.case.contains("thp/")
-                || matches!(&*case.workload, "removal" | "migrate")
+                || matches!(&*case.workload, "removal" | "migrate" | "races")
                 || case.case.starts_with("kill/");
             assert!(case.outcome == Outcome::Pass || may_skip && case.outcome == Outcome::Skip, "{case:?}");
         }
@@ -81,6 +94,11 @@ fn invalidate_passes() {
 }
 
 #[test]
+fn races_are_skipped_where_nobody_can_be_held() {
+    passes("races");
+}
+
+#[test]
 fn stress_passes() {
     passes("stress");
 }
@@ -93,6 +111,19 @@ fn migrate_is_skipped_where_nothing_can_be_migrated() {
 #[test]
 fn removal_is_skipped_where_there_is_nothing_to_remove() {
     passes("removal");
+}
+
+#[test]
+fn casts_pass_without_gates() {
+    passes("fault-and-drop");
+    passes("drop-and-fault");
+}
+
+#[test]
+fn every_cast_of_the_protocol_is_here_and_no_other() {
+    let known: Vec<_> = crate::cast::names().collect();
+    let named: Vec<_> = CASTS.iter().map(|cast| cast.name).collect();
+    assert_eq!(known, named);
 }
 
 #[test]

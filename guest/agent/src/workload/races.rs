@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `races`: memory is taken away at the moment at which that is hardest for a driver, made certain by holding a task there: a fault handler
+//! that has found a page and not yet mapped it, and an invalidation of which the driver has been told and which has not yet
+//! come to the page.
+//!
+//! Both are returns of the kernel's functions, so that nothing of the driver need be known. Where the kernel cannot hold tasks, or a
+//! driver comes to neither, the cases are skipped.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Barrier;
+use std::time::Duration;
+
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::mman::MmapAdvise;
+use nix::unistd::ftruncate;
+
+use crate::client::{Context, Job, Ticket};
+use crate::device::Device;
+use crate::gates::{Gates, Hold};
+use crate::memory::{Backing, HUGE, Mapping, PAGE, Pattern};
+use crate::outcome::{Checked, Doing, Failure};
+use crate::rng::Rng;
+
+use super::Round;
+use super::access::memory_file;
+
+/// Rounds in the default suite.
+pub(super) const ROUNDS: u64 = 3;
+/// How long a task gets to come to where it is held.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a handler gets to map what it should not while an invalidation is held.
+const TEMPTATION: Duration = Duration::from_millis(20);
+/// Pages of a small mapping: as many as are mapped around a fault.
+const PAGES: usize = 64;
+
+/// Role of the thread that takes memory away.
+const DROPPER: &str = "dropper";
+
+/// How a moment is made and used.
+type Play = fn(&Scene, Gates<'_>, &Hold<'_>, &mut Rng) -> Checked;
+
+/// What takes the memory away. All of these can go on while somebody holds the mmap lock for read, as a fault handler does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Drop {
+    DontNeed,
+    DontNeedHuge,
+    PunchHole,
+    Truncate,
+}
+
+const DROPS: [(Drop, &str); 4] = [
+    (Drop::DontNeed, "dontneed/4k"),
+    (Drop::DontNeedHuge, "dontneed/thp"),
+    (Drop::PunchHole, "punch-hole/file"),
+    (Drop::Truncate, "truncate/file"),
+];
+
+/// Memory of which a part goes.
+struct Scene {
+    context: Context,
+    map: Mapping,
+    file: Option<OwnedFd>,
+    drop: Drop,
+    /// Offset and bytes of what goes, and the offset in it that the device accesses meanwhile.
+    hole: (usize, usize),
+    access: usize,
+}
+
+/// The cases of a round.
+pub(super) fn round(round: &mut Round<'_, '_>) {
+    let (device, gates) = (round.device(), round.gates());
+    let moments: [(&str, &str, &str, Play); 2] = [
+        ("return:hmm_range_fault", "", "found", found),
+        ("return:__mmu_notifier_invalidate_range_start", DROPPER, "told", told),
+    ];
+    for (place, whom, moment, play) in moments {
+        // Once for all of them: hooking a function, and unhooking it, takes the kernel a while.
+        let hold = gates.hold(place, whom);
+        for (drop, name) in DROPS {
+            round.case(&format!("{moment}/{name}"), |rng| {
+                let hold = match &hold {
+                    Ok(Some(hold)) => hold,
+                    Ok(None) => return Err(Failure::Skip(format!("nobody can be held at {place} here"))),
+                    Err(failure) => return Err(failure.clone()),
+                };
+                let scene = Scene::new(device, drop, rng)?;
+                let played = play(&scene, gates, hold, rng);
+                // Whatever happened, nobody is to be held when the next case prepares.
+                hold.open()?;
+                played
+            });
+        }
+    }
+}
+
+impl Scene {
+    fn new(device: &dyn Device, drop: Drop, rng: &mut Rng) -> Checked<Self> {
+        let bytes = if drop == Drop::DontNeedHuge { HUGE } else { PAGES * PAGE };
+        let file =
+            matches!(drop, Drop::PunchHole | Drop::Truncate).then(|| memory_file(bytes)).transpose()?;
+        let map = match &file {
+            Some(file) => Mapping::new(bytes, PAGE, Backing::FileShared(file.as_fd(), 0)),
+            None if drop == Drop::DontNeedHuge => Mapping::huge(bytes),
+            None => Mapping::small(bytes),
+        }
+        .doing("mmap")?;
+        let context = Context::bind(device)?;
+        let pages = bytes / PAGE;
+        let first = rng.index(pages);
+        let hole = match drop {
+            Drop::DontNeedHuge if rng.once_in(2) => (0, bytes),
+            Drop::Truncate => (first * PAGE, bytes - first * PAGE),
+            _ => (first * PAGE, (1 + rng.index((pages - first).min(8))) * PAGE),
+        };
+        let access = hole.0 + rng.index(hole.1 / PAGE) * PAGE;
+        Ok(Self { context, map, file, drop, hole, access })
+    }
+
+    /// A job that reads or writes one word in the hole.
+    fn submit(&self, rng: &mut Rng) -> Checked<Ticket> {
+        let at = self.map.at(self.access);
+        let job = if rng.once_in(2) {
+            Job::strided_write(at, 1, 8, rng.next())
+        } else {
+            Job::strided_read(at, 1, 8)
+        };
+        self.context.submit(job)
+    }
+
+    fn apply(&self) -> Checked {
+        let (at, bytes) = self.hole;
+        let file = || self.file.as_ref().ok_or_else(|| Failure::wrong("the scene has no file"));
+        match self.drop {
+            Drop::DontNeed | Drop::DontNeedHuge => {
+                self.map.advise(at, bytes, MmapAdvise::MADV_DONTNEED).doing("madvise")
+            }
+            Drop::PunchHole => {
+                let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                fallocate(file()?, mode, at as i64, bytes as i64).doing("fallocate")
+            }
+            Drop::Truncate => ftruncate(file()?, at as i64).doing("ftruncate"),
+        }
+    }
+
+    /// The job ended as it may: what it was about may have gone before it came.
+    fn ended(&self, ticket: Ticket) -> Checked {
+        let done = self.context.wait(ticket)?;
+        if self.drop == Drop::Truncate { done.ok_or_fault() } else { done.ok() }.map(|_| ())
+    }
+
+    /// What the device has there now is what the CPU has.
+    fn judge(&self, rng: &mut Rng) -> Checked {
+        let (context, map) = (&self.context, &self.map);
+        if self.drop == Drop::Truncate {
+            context.must_not_reach(map, self.access).doing("behind the end of the file")?;
+            ftruncate(self.file.as_ref().ok_or_else(|| Failure::wrong("no file"))?, map.bytes() as i64)
+                .doing("ftruncate")?;
+        }
+        for page in [self.access, self.hole.0, self.hole.0 + self.hole.1 - PAGE] {
+            // The CPU writes first, so that there is a page, and another than before.
+            let by_cpu = Pattern { first: rng.next(), step: rng.next() | 1 };
+            map.fill(page, PAGE, by_cpu);
+            context.check(map, page, PAGE, by_cpu).doing("written by the CPU after the drop")?;
+            let by_device = Pattern { first: rng.next(), step: rng.next() | 1 };
+            context.fill(map, page, PAGE, by_device)?;
+            context.cpu_check(map, page, PAGE, by_device).doing("written by the device after the drop")?;
+        }
+        Ok(())
+    }
+}
+
+fn nobody_came() -> Failure {
+    Failure::Skip("this driver does not come there".to_owned())
+}
+
+/// The fault handler is held with what `hmm_range_fault()` has found for it, and the memory goes.
+fn found(scene: &Scene, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
+    let (at, bytes) = scene.hole;
+    scene.map.touch(at, bytes);
+    hold.close()?;
+    let ticket = scene.submit(rng)?;
+    let came = hold.wait(PATIENCE)?;
+    let applied = if came { scene.apply() } else { Ok(()) };
+    hold.open()?;
+    applied?;
+    scene.ended(ticket)?;
+    if !came {
+        return Err(nobody_came());
+    }
+    scene.judge(rng)
+}
+
+/// Whoever drops the memory is held when the driver has been told, and the device accesses it.
+fn told(scene: &Scene, gates: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
+    let (at, bytes) = scene.hole;
+    scene.map.touch(at, bytes);
+    scene.context.run(Job::strided_read(scene.map.at(at), (bytes / PAGE) as u64, PAGE))?.ok()?;
+    // A thread that comes into being has invalidations of its own.
+    let ready = Barrier::new(2);
+    let (came, ticket) = std::thread::scope(|scope| {
+        let dropping = scope.spawn(|| {
+            let named = gates.role(DROPPER);
+            ready.wait();
+            named.and(scene.apply())
+        });
+        let closed = hold.close();
+        ready.wait();
+        let came = hold.wait(PATIENCE);
+        let ticket = if matches!(came, Ok(true)) { scene.submit(rng).map(Some) } else { Ok(None) };
+        std::thread::sleep(TEMPTATION);
+        let opened = hold.open();
+        let dropped =
+            dropping.join().unwrap_or_else(|_| Err(Failure::wrong("the thread that drops memory panicked")));
+        closed.and(opened).and(dropped).and(came.and_then(|came| Ok((came, ticket?))))
+    })?;
+    if let Some(ticket) = ticket {
+        scene.ended(ticket)?;
+    }
+    if !came {
+        return Err(nobody_came());
+    }
+    scene.judge(rng)
+}
