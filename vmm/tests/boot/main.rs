@@ -5,6 +5,7 @@
 mod bare;
 mod broken;
 mod clean;
+mod gates;
 mod hang;
 mod lost;
 mod mutants;
