@@ -35,8 +35,6 @@ struct hmm_witness_associate {
 #define HMM_WITNESS_SITE_WATCH (1 << 1)
 /* Opened in the guest, and not by the host. */
 #define HMM_WITNESS_SITE_LOCAL (1 << 2)
-/* One task that passes closes it again. */
-#define HMM_WITNESS_SITE_ONCE (1 << 3)
 
 /**
  * struct hmm_witness_site - a place where tasks wait until they are let go on
@@ -84,7 +82,7 @@ struct hmm_witness_point {
 /**
  * struct hmm_witness_local - a look at a gate, and what is done with it
  * @id: the site
- * @what: 0: nothing; 1: open it; 2: close it
+ * @what: 0: nothing; 1: open it; 2: close it; 3: let one task through
  * @waiting: out: tasks that wait there
  * @reached: out: tasks that have come there since it was armed
  */

@@ -65,6 +65,7 @@ enum site_sort {
  * @gives: role of a task that has none; of one that is opened in the guest: only
  *	tasks that have this role are held there
  * @open: of one that is opened in the guest: it is
+ * @admitted: of such a one: so many may go on though it is not
  * @waiting: tasks that wait here
  * @reached: tasks that have come here since it was armed
  */
@@ -74,6 +75,7 @@ struct site {
 	char name[sizeof_field(struct hmm_witness_point, name)];
 	char gives[ROLE_BYTES];
 	bool open;
+	u32 admitted;
 	u32 waiting;
 	u32 reached;
 };
@@ -222,15 +224,26 @@ static bool may_sleep_here(void)
 	return task_is_running(current);
 }
 
-static bool is_open(const struct site *site, int slot)
+static bool is_open(struct site *site, int slot)
 {
-	if (site->flags & HMM_WITNESS_SITE_LOCAL)
-		return READ_ONCE(site->open);
-	return witness_gate(slot);
+	unsigned long flags;
+	bool admitted;
+
+	if (!(site->flags & HMM_WITNESS_SITE_LOCAL))
+		return witness_gate(slot);
+	if (READ_ONCE(site->open))
+		return true;
+	if (!READ_ONCE(site->admitted))
+		return false;
+	raw_spin_lock_irqsave(&gate_lock, flags);
+	admitted = site->admitted;
+	site->admitted -= admitted;
+	raw_spin_unlock_irqrestore(&gate_lock, flags);
+	return admitted;
 }
 
 /* Waits at a gate. Return: why it goes on, WITNESS_GATE_PASS_*. */
-static u32 wait_at(const struct site *site, int slot, bool sleeps)
+static u32 wait_at(struct site *site, int slot, bool sleeps)
 {
 	u32 why = site->flags & HMM_WITNESS_SITE_LOCAL ? WITNESS_GATE_PASS_LOCAL :
 							 WITNESS_GATE_PASS_OPENED;
@@ -264,6 +277,24 @@ static u32 wait_at(const struct site *site, int slot, bool sleeps)
 	return why;
 }
 
+/* Whether only tasks of one role are held there. */
+static bool of_one_role(const struct site *site)
+{
+	return site->flags & HMM_WITNESS_SITE_LOCAL && *site->gives;
+}
+
+/* Without the lock: what a task itself has or has not does not change meanwhile. */
+static bool has_role(const struct task_struct *task)
+{
+	unsigned int i;
+
+	for (i = 0; i < PEOPLE; i++) {
+		if (READ_ONCE(people[i].task) == task)
+			return true;
+	}
+	return false;
+}
+
 /**
  * gate_stop - the running task has come to a gate
  * @number: the site
@@ -284,6 +315,9 @@ void gate_stop(unsigned int number, u64 value)
 
 	if (in_nmi())
 		return;
+	/* It may be a function that the whole kernel calls. */
+	if (of_one_role(site) && !has_role(current))
+		return;
 	sleeps = may_sleep_here();
 
 	raw_spin_lock_irqsave(&gate_lock, flags);
@@ -293,7 +327,7 @@ void gate_stop(unsigned int number, u64 value)
 		return;
 	}
 	person = find_person(current);
-	if (site->flags & HMM_WITNESS_SITE_LOCAL && *site->gives &&
+	if (of_one_role(site) &&
 	    (!person || strcmp(person->role, site->gives))) {
 		raw_spin_unlock_irqrestore(&gate_lock, flags);
 		return;
@@ -328,8 +362,6 @@ void gate_stop(unsigned int number, u64 value)
 	raw_spin_lock_irqsave(&gate_lock, flags);
 	waiters[slot] = NULL;
 	site->waiting--;
-	if (site->flags & HMM_WITNESS_SITE_ONCE)
-		site->open = false;
 	raw_spin_unlock_irqrestore(&gate_lock, flags);
 }
 
@@ -540,6 +572,7 @@ static long gates_arm(const struct hmm_witness_arm *arg)
 		return -EBUSY;
 	for (i = 0; i < SITES; i++) {
 		sites[i].open = false;
+		sites[i].admitted = 0;
 		sites[i].reached = 0;
 		sites[i].waiting = 0;
 		if (sites[i].sort == SITE_UNUSED)
@@ -677,13 +710,15 @@ long gates_local(struct hmm_witness_local *arg)
 	struct site *site;
 	unsigned long flags;
 
-	if (arg->id >= SITES || arg->what > 2)
+	if (arg->id >= SITES || arg->what > 3)
 		return -EINVAL;
 	site = &sites[arg->id];
 	if (!(READ_ONCE(site->flags) & HMM_WITNESS_SITE_LOCAL))
 		return -EINVAL;
 	raw_spin_lock_irqsave(&gate_lock, flags);
-	if (arg->what)
+	if (arg->what == 3)
+		site->admitted++;
+	else if (arg->what)
 		site->open = arg->what == 1;
 	arg->waiting = site->waiting;
 	arg->reached = site->reached;

@@ -115,6 +115,22 @@ impl<'a> Gates<'a> {
         unsafe { ioctl_clear(witness.as_raw_fd()) }.map(drop)
     }
 
+    /// As [`hold`](Self::hold), for those who have come back from another function before: whoever did is `whom` from then on.
+    pub(crate) fn hold_after(&self, before: &str, place: &str, whom: &str) -> Checked<Option<Hold<'a>>> {
+        let up = GatesUp(*self);
+        match self.add(1, SITE_RECORD, before, whom)? {
+            Ok(()) => {}
+            Err(Errno::ENODEV | Errno::ENOENT | Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(None),
+            Err(errno) => return Err(errno).doing(before),
+        }
+        let hold = self.hold(place, whom)?;
+        if hold.is_some() {
+            // Both go with the hold.
+            std::mem::forget(up);
+        }
+        Ok(hold)
+    }
+
     /// A gate that the caller itself opens, for tasks of this role, or for all. Open at first. None where there is no such
     /// place, or no witness.
     pub(crate) fn hold(&self, place: &str, whom: &str) -> Checked<Option<Hold<'a>>> {
@@ -197,6 +213,11 @@ impl Hold<'_> {
     /// Lets everybody through.
     pub(crate) fn open(&self) -> Checked {
         self.local(1).map(drop)
+    }
+
+    /// Lets one of those who wait through.
+    pub(crate) fn admit(&self) -> Checked {
+        self.local(3).map(drop)
     }
 
     /// Holds whoever comes from now on.

@@ -25,8 +25,6 @@ pub const SITE_RECORD: u32 = 1 << 0;
 pub const SITE_WATCH: u32 = 1 << 1;
 /// [`Site::flags`]: opened in the guest (`HMM_WITNESS_GATE_OPEN`); the host is told, and not asked.
 pub const SITE_LOCAL: u32 = 1 << 2;
-/// [`Site::flags`]: one task that passes closes it again.
-pub const SITE_ONCE: u32 = 1 << 3;
 
 crate::constants! {
     /// A repetition of a scenario begins: arg0 its number, arg1 a bit for each site that there is, arg2 a bit for each that the guest itself opens.
@@ -114,7 +112,7 @@ pub struct Point {
 pub struct Local {
     /// In: the site.
     pub id: u32,
-    /// In: 0 look, 1 open, 2 close.
+    /// In: 0 look, 1 open, 2 close, 3 let one task through.
     pub what: u32,
     /// Out: tasks that wait there.
     pub waiting: u32,

@@ -3,7 +3,9 @@
 //! that has found a page and not yet mapped it, and an invalidation of which the driver has been told and which has not yet
 //! come to the page.
 //!
-//! Both are returns of the kernel's functions, so that nothing of the driver need be known. Where the kernel cannot hold tasks, or a
+//! Both are returns of the kernel's functions, so that nothing of the driver need be known. A third moment is the one in which a
+//! fault handler, with what it has found, is about to take a lock: one that has asked before whether it may still map that asks in
+//! vain. Where the kernel cannot hold tasks, or a
 //! driver comes to neither, the cases are skipped.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -35,6 +37,13 @@ const PAGES: usize = 64;
 
 /// Role of the thread that takes memory away.
 const DROPPER: &str = "dropper";
+
+/// Role of whoever has come back from there.
+const HANDLER: &str = "handler";
+/// Where a fault handler has found its page.
+const FOUND: &str = "return:hmm_range_fault";
+/// How long the handler gets to come to another lock.
+const NEXT: Duration = Duration::from_millis(200);
 
 /// How a moment is made and used.
 type Play = fn(&Scene, Gates<'_>, &Hold<'_>, &mut Rng) -> Checked;
@@ -69,13 +78,21 @@ struct Scene {
 /// The cases of a round.
 pub(super) fn round(round: &mut Round<'_, '_>) {
     let (device, gates) = (round.device(), round.gates());
-    let moments: [(&str, &str, &str, Play); 2] = [
-        ("return:hmm_range_fault", "", "found", found),
+    let moments: [(&str, &str, &str, Play); 3] = [
+        (FOUND, "", "found", found),
+        ("entry:mutex_lock", HANDLER, "locking", locking),
         ("return:__mmu_notifier_invalidate_range_start", DROPPER, "told", told),
     ];
     for (place, whom, moment, play) in moments {
         // Once for all of them: hooking a function, and unhooking it, takes the kernel a while.
-        let hold = gates.hold(place, whom);
+        let hold = match moment {
+            // A kernel that proves its locks has it under another name.
+            "locking" => match gates.hold_after(FOUND, place, whom) {
+                Ok(None) => gates.hold_after(FOUND, "entry:mutex_lock_nested", whom),
+                hold => hold,
+            },
+            _ => gates.hold(place, whom),
+        };
         for (drop, name) in DROPS {
             round.case(&format!("{moment}/{name}"), |rng| {
                 let hold = match &hold {
@@ -181,6 +198,29 @@ fn found(scene: &Scene, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked
     let ticket = scene.submit(rng)?;
     let came = hold.wait(PATIENCE)?;
     let applied = if came { scene.apply() } else { Ok(()) };
+    hold.open()?;
+    applied?;
+    scene.ended(ticket)?;
+    if !came {
+        return Err(nobody_came());
+    }
+    scene.judge(rng)
+}
+
+/// The fault handler has found its page and is held when it is about to take a lock, the first or one of the next; the memory
+/// goes.
+fn locking(scene: &Scene, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
+    let (at, bytes) = scene.hole;
+    scene.map.touch(at, bytes);
+    let turns = rng.index(3);
+    hold.close()?;
+    let ticket = scene.submit(rng)?;
+    let came = hold.wait(PATIENCE)?;
+    for _ in 0..turns {
+        hold.admit()?;
+        hold.wait(NEXT)?;
+    }
+    let applied = scene.apply();
     hold.open()?;
     applied?;
     scene.ended(ticket)?;
