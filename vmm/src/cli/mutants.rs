@@ -9,8 +9,8 @@ use super::{AccelName, DEFAULT_CPUS, DEFAULT_MACHINE, MachineName};
 
 /// What `mutants --help` ends with.
 pub const HELP: &str = "\
-Each driver gets a guest of its own and the default suite, with nothing made for it, and is done with at the first violation that \
-its head asks for (`Rule:`, `Also:`). Exit status: 0 every mutant was killed so, or every correct driver ran clean; 1 not so; \
+Each driver gets a guest of its own and the default suite, with nothing made for it, and is done with at the first violation of \
+the rule that its head names. Exit status: 0 every mutant was killed so, or every correct driver ran clean; 1 not so; \
 2 usage; 3 interrupted; 4 the environment lacks something.";
 
 /// Options of `mutants`.

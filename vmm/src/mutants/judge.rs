@@ -122,8 +122,10 @@ pub(super) fn judge(
     heard: &Heard,
     results: &Results,
 ) -> Judged {
+    let named = |find: &&Find| mutant.rule == Some(find.violation.rule);
     let expected = |find: &&Find| mutant.expects(find.violation.rule);
-    let decisive = heard.finds.iter().find(expected).or(heard.finds.first());
+    let finds = &heard.finds;
+    let decisive = finds.iter().find(named).or(finds.iter().find(expected)).or(finds.first());
     let outcome = match (benign, decisive, results.verdict) {
         (false, Some(_), _) => Outcome::Killed,
         (true, Some(_), _) => Outcome::Accused,
@@ -215,6 +217,8 @@ mod tests {
         );
         assert!(it.as_expected);
         assert_eq!(it.rules, ["kernel/warn", "release/late", "release/mapped"]);
+        let both = judged(false, Some(mapped), &[late], &[late, mapped], &ended);
+        assert_eq!(both.rule.as_deref(), Some("release/mapped"));
         let also = judged(false, Some(mapped), &[late], &[warn, late], &ended);
         assert_eq!((also.rule.as_deref(), also.as_expected), (Some("release/late"), true));
     }

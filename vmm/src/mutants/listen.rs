@@ -68,7 +68,7 @@ pub(super) struct Listener {
 const FAILED: usize = 3;
 
 impl Listener {
-    /// Listens until what `until` expects is found, or to the end.
+    /// Listens until the rule that `until` names has found something (any if it names none), or to the end.
     #[must_use]
     pub(super) fn new(until: Option<Mutant>) -> Self {
         Self { until, state: Mutex::default() }
@@ -113,7 +113,9 @@ impl Listener {
 
     fn violation(&self, violation: Violation) {
         let mut state = self.state.lock();
-        if self.until.as_ref().is_some_and(|mutant| mutant.expects(violation.rule)) {
+        // A rule that may be seen first does not end it: the one that is named may follow.
+        let ends = |mutant: &Mutant| mutant.rule.is_none_or(|rule| rule == violation.rule);
+        if self.until.as_ref().is_some_and(ends) {
             state.enough.get_or_insert_with(Instant::now);
         }
         let find = Find {
@@ -178,7 +180,7 @@ pub(super) mod tests {
 
     #[test]
     fn it_counts_up_to_what_was_found() {
-        let listener = Listener::new(Some(mutant(Some(Rule::ReleaseLate), &[])));
+        let listener = Listener::new(Some(mutant(Some(Rule::ReleaseLate), &[Rule::KernelWarn])));
         listener
             .event(Event::Guest { message: Message::WorkloadStart { workload: "access".into(), seed: 1 } });
         listener.event(case(Outcome::Pass));
