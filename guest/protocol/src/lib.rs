@@ -184,8 +184,8 @@ pub const WORKLOADS: &[WorkloadInfo] = &[
     },
     WorkloadInfo {
         name: "migrate",
-        about: "pages go to the device's memory and back, by request, by the CPU's access, by fork, close and exit; atomics on device-exclusive pages",
-        suite: false,
+        about: "pages go to the device's memory and back, by request, by the CPU's access, by fork, close and exit; atomics on device-exclusive pages; skipped on kernels without device-private memory",
+        suite: true,
         resets: false,
     },
     WorkloadInfo {

@@ -88,6 +88,10 @@ impl Story {
                     let failed = (*failed).max(result.failed);
                     result.outcome = match outcome {
                         Outcome::Pass if failed > 0 => WorkloadOutcome::Fail,
+                        // Nothing of it was done, however well.
+                        Outcome::Pass if result.skipped > 0 && result.skipped == *cases => {
+                            WorkloadOutcome::Skip
+                        }
                         Outcome::Pass => WorkloadOutcome::Pass,
                         Outcome::Fail => WorkloadOutcome::Fail,
                         Outcome::Skip => WorkloadOutcome::Skip,
@@ -277,6 +281,25 @@ mod tests {
         story.message(&Message::ExecEnd { status: 7 });
         story.message(&Message::ExecEnd { status: 0 });
         assert_eq!(story.exec_status, Some(7));
+    }
+
+    #[test]
+    fn a_workload_of_which_every_case_was_skipped_is_skipped() {
+        for (skipped, cases, outcome) in
+            [(2, 2, WorkloadOutcome::Skip), (2, 3, WorkloadOutcome::Pass), (0, 0, WorkloadOutcome::Pass)]
+        {
+            let mut story = Story::new(&plan(&RunConfig::for_tests()));
+            story.message(&start("access"));
+            (0..skipped).for_each(|_| drop(story.message(&Message::Case(case(Outcome::Skip, None)))));
+            story.message(&Message::WorkloadEnd {
+                workload: "access".into(),
+                outcome: Outcome::Pass,
+                seconds: 1.0,
+                cases,
+                failed: 0,
+            });
+            assert_eq!(story.results("why")[0].outcome, outcome);
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::memory::{Mapping, PAGE, Pattern, WINDOW};
 use crate::outcome::{Checked, Doing, Failure, require};
 use crate::rng::Rng;
 
-/// Rounds in the default suite.
+/// Rounds in the default suite. Every second round, and so none of these, is short of memory too.
 pub(super) const ROUNDS: u64 = 1;
 
 /// Which way.

@@ -18,7 +18,10 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     let device = round.ground.device;
     round.case("race/sums", |rng| sums(device, rng));
     round.case("race/data", |rng| data(device, rng));
-    round.case("pressure", |rng| pressure(device, rng));
+    // Takes all of the machine's memory, and so its time.
+    if round.iteration % 2 == 1 {
+        round.case("pressure", |rng| pressure(device, rng));
+    }
 }
 
 /// Runs `side` again and again on a thread while `body` runs.
@@ -45,8 +48,8 @@ pub(super) fn meanwhile<T>(
 
 /// Adds by the CPU and by engines to the same words, which migrate meanwhile: none may be lost.
 fn sums(device: &dyn Device, rng: &mut Rng) -> Checked {
-    const JOBS: u64 = 8;
-    const ADDS: u64 = 120;
+    const JOBS: u64 = 4;
+    const ADDS: u64 = 24;
     let context = Context::bind(device)?;
     let map = Mapping::small(WORDS * PAGE).doing("mmap")?;
     map.fill(0, map.bytes(), crate::memory::Pattern::ZERO);
@@ -89,7 +92,7 @@ fn data(device: &dyn Device, rng: &mut Rng) -> Checked {
         migrate(&placed.context, &placed.map, at, bytes, To::System).map(drop)
     };
     meanwhile(migrating, || {
-        for _ in 0..20 {
+        for _ in 0..4 {
             let (at, bytes) = part(rng);
             let (from, to) = (placed.map.at(at), placed.pattern.from(at));
             let ticket = placed.context.submit(Job::check(from, bytes, to).queue(1))?;

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use super::{Placed, Round, To, migrate, migrate_all, on_device};
-use crate::client::{Context, Job};
+use crate::client::Context;
 use crate::device::Device;
 use crate::memory::{Backing, HUGE, Mapping, PAGE, Pattern, Prot, WINDOW};
 use crate::outcome::{Checked, Doing, require};
@@ -102,7 +102,7 @@ fn huge(device: &dyn Device, rng: &mut Rng) -> Checked {
     let pattern = Pattern { first: rng.next(), step: rng.next() | 1 };
     map.touch(0, PAGE);
     context.fill(&map, 0, HUGE, pattern)?;
-    let (at, pages) = (rng.index(8) * WINDOW, 2 * PAGES);
+    let (at, pages) = (rng.index(HUGE / WINDOW - 1) * WINDOW, 2 * PAGES);
     migrate_all(&context, &map, at, pages * PAGE, To::Device)?;
     context.check(&map, 0, HUGE, pattern)?;
     for page in [0, at, at + pages * PAGE - PAGE, HUGE - PAGE] {
@@ -195,9 +195,10 @@ fn private_file(device: &dyn Device, rng: &mut Rng) -> Checked {
 
 /// More memory than the device has: what finds no room stays.
 fn vram_full(device: &dyn Device, rng: &mut Rng) -> Checked {
-    const STEP: usize = 8 * HUGE;
+    /// The device has 16 MiB.
+    const BYTES: usize = 9 * HUGE;
     let context = Context::bind(device)?;
-    let map = Mapping::huge(2 * STEP).doing("mmap")?;
+    let map = Mapping::huge(BYTES).doing("mmap")?;
     let pattern = Pattern { first: rng.next(), step: rng.next() | 1 };
     context.fill(&map, 0, map.bytes(), pattern)?;
     let moved = migrate(&context, &map, 0, map.bytes(), To::Device)?;
@@ -215,8 +216,8 @@ fn vram_full(device: &dyn Device, rng: &mut Rng) -> Checked {
         require(Instant::now() < until, || "VRAM that was given up is not used again".to_owned())?;
         std::thread::sleep(Duration::from_millis(1));
     }
-    context.run(Job::check(map.at(0), map.bytes(), pattern))?.ok()?;
-    for page in [0, HUGE - PAGE, STEP, map.bytes() - PAGE] {
+    context.check(&map, 0, map.bytes(), pattern)?;
+    for page in [0, HUGE - PAGE, HUGE, map.bytes() - PAGE] {
         context.cpu_check(&map, page, PAGE, pattern.from(page))?;
     }
     Ok(())
