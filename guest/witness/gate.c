@@ -237,7 +237,8 @@ static bool is_open(struct site *site, int slot)
 		return false;
 	raw_spin_lock_irqsave(&gate_lock, flags);
 	admitted = site->admitted;
-	site->admitted -= admitted;
+	if (admitted)
+		site->admitted--;
 	raw_spin_unlock_irqrestore(&gate_lock, flags);
 	return admitted;
 }

@@ -215,9 +215,18 @@ impl Hold<'_> {
         self.local(1).map(drop)
     }
 
-    /// Lets one of those who wait through.
-    pub(crate) fn admit(&self) -> Checked {
-        self.local(3).map(drop)
+    /// Lets one of those who wait through, and waits for the next one. False if none comes within `patience`.
+    pub(crate) fn admit(&self, patience: Duration) -> Checked<bool> {
+        let before = self.local(3)?.reached;
+        let until = Instant::now() + patience;
+        let mut pause = Pause::default();
+        while self.local(0)?.reached == before {
+            if Instant::now() > until {
+                return Ok(false);
+            }
+            pause.take();
+        }
+        Ok(true)
     }
 
     /// Holds whoever comes from now on.

@@ -27,7 +27,7 @@ use super::Round;
 use super::access::memory_file;
 
 /// Rounds in the default suite.
-pub(super) const ROUNDS: u64 = 3;
+pub(super) const ROUNDS: u64 = 2;
 /// How long a task gets to come to where it is held.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long a handler gets to map what it should not while an invalidation is held.
@@ -42,11 +42,13 @@ const DROPPER: &str = "dropper";
 const HANDLER: &str = "handler";
 /// Where a fault handler has found its page.
 const FOUND: &str = "return:hmm_range_fault";
+/// Locks on a handler's way before which it is held, one a case.
+const LOCKS: usize = 3;
 /// How long the handler gets to come to another lock.
 const NEXT: Duration = Duration::from_millis(200);
 
-/// How a moment is made and used.
-type Play = fn(&Scene, Gates<'_>, &Hold<'_>, &mut Rng) -> Checked;
+/// How a moment is made and used; the number says before which of its locks a handler is held.
+type Play = fn(&Scene, usize, Gates<'_>, &Hold<'_>, &mut Rng) -> Checked;
 
 /// What takes the memory away. All of these can go on while somebody holds the mmap lock for read, as a fault handler does.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -93,15 +95,17 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
             },
             _ => gates.hold(place, whom),
         };
-        for (drop, name) in DROPS {
-            round.case(&format!("{moment}/{name}"), |rng| {
+        let locks = if moment == "locking" { LOCKS } else { 1 };
+        for (lock, (drop, name)) in (0..locks).flat_map(|lock| DROPS.map(|drop| (lock, drop))) {
+            let number = if locks > 1 { format!("-{}", lock + 1) } else { String::new() };
+            round.case(&format!("{moment}{number}/{name}"), |rng| {
                 let hold = match &hold {
                     Ok(Some(hold)) => hold,
                     Ok(None) => return Err(Failure::Skip(format!("nobody can be held at {place} here"))),
                     Err(failure) => return Err(failure.clone()),
                 };
                 let scene = Scene::new(device, drop, rng)?;
-                let played = play(&scene, gates, hold, rng);
+                let played = play(&scene, lock, gates, hold, rng);
                 // Whatever happened, nobody is to be held when the next case prepares.
                 hold.open()?;
                 played
@@ -191,7 +195,7 @@ fn nobody_came() -> Failure {
 }
 
 /// The fault handler is held with what `hmm_range_fault()` has found for it, and the memory goes.
-fn found(scene: &Scene, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
+fn found(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
     let (at, bytes) = scene.hole;
     scene.map.touch(at, bytes);
     hold.close()?;
@@ -209,16 +213,19 @@ fn found(scene: &Scene, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked
 
 /// The fault handler has found its page and is held when it is about to take a lock, the first or one of the next; the memory
 /// goes.
-fn locking(scene: &Scene, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
+fn locking(scene: &Scene, lock: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
     let (at, bytes) = scene.hole;
     scene.map.touch(at, bytes);
-    let turns = rng.index(3);
+    // It has its tables already, for making them takes locks too.
+    scene.context.run(Job::strided_read(scene.map.at(at), (bytes / PAGE) as u64, PAGE))?.ok()?;
+    scene.map.advise(at, bytes, MmapAdvise::MADV_DONTNEED).doing("madvise")?;
+    scene.map.touch(at, bytes);
     hold.close()?;
     let ticket = scene.submit(rng)?;
     let came = hold.wait(PATIENCE)?;
-    for _ in 0..turns {
-        hold.admit()?;
-        hold.wait(NEXT)?;
+    let mut more = came;
+    for _ in 0..lock {
+        more = more && hold.admit(NEXT)?;
     }
     let applied = scene.apply();
     hold.open()?;
@@ -231,7 +238,7 @@ fn locking(scene: &Scene, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Check
 }
 
 /// Whoever drops the memory is held when the driver has been told, and the device accesses it.
-fn told(scene: &Scene, gates: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
+fn told(scene: &Scene, _: usize, gates: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
     let (at, bytes) = scene.hole;
     scene.map.touch(at, bytes);
     scene.context.run(Job::strided_read(scene.map.at(at), (bytes / PAGE) as u64, PAGE))?.ok()?;
