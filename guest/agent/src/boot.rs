@@ -95,6 +95,18 @@ pub(crate) fn load_module(path: &str, parameters: &str, host: &Host) -> Checked 
     Ok(())
 }
 
+/// Tells where the code of the modules in `/proc/modules` begins, where the kernel says so.
+pub(crate) fn tell_texts(host: &Host) {
+    for module in std::fs::read_to_string("/proc/modules").unwrap_or_default().lines() {
+        let name = module.split(' ').next().unwrap_or_default();
+        let place = std::fs::read_to_string(format!("/sys/module/{name}/sections/.text")).unwrap_or_default();
+        let address = u64::from_str_radix(place.trim().trim_start_matches("0x"), 16);
+        if let Some(text) = address.ok().filter(|address| *address != 0) {
+            host.send(&Message::ModuleText { module: name.to_owned(), text });
+        }
+    }
+}
+
 /// Waits until a device node exists.
 pub(crate) fn wait_for_node(path: &str) -> Checked {
     let until = Instant::now() + SETTLE;

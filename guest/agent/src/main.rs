@@ -11,6 +11,7 @@ mod client;
 mod device;
 mod exec;
 mod gates;
+mod leaks;
 mod memory;
 mod outcome;
 mod process;
@@ -66,7 +67,9 @@ fn follow(host: &mut Host) -> Checked {
         host.send(&boot::booted());
     }
     if plan.load_driver {
+        leaks::forget(host);
         boot::load_module(DRIVER_MODULE, &plan.driver_parameters, host)?;
+        boot::tell_texts(host);
         if !plan.workloads.is_empty() {
             boot::wait_for_node(vgpu_spec::uapi::DRIVER_DEVICE)?;
         }
@@ -86,6 +89,7 @@ fn follow(host: &mut Host) -> Checked {
     }
     if plan.load_driver {
         unload_driver(host);
+        leaks::tell(host);
     }
     // The console tells of complaints, unless a program made the kernel print less. This it cannot take back.
     if let Some(trouble) = boot::trouble(boot::taint() & !taint) {

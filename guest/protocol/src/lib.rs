@@ -217,6 +217,13 @@ pub enum Message {
         /// Its file name.
         module: String,
     },
+    /// Where a loaded module's code begins. What the kernel prints about the module once it is gone are bare addresses.
+    ModuleText {
+        /// Its name in the kernel.
+        module: String,
+        /// The address.
+        text: u64,
+    },
     /// A workload begins.
     WorkloadStart {
         /// Which.

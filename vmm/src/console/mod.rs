@@ -3,6 +3,7 @@
 
 pub mod lines;
 pub mod splat;
+pub mod symbols;
 
 use std::collections::VecDeque;
 use std::fs::File;

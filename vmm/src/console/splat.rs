@@ -24,6 +24,8 @@ pub enum SplatKind {
     Leak,
     /// A panic. After another splat it is that one's end; alone it is the guest's.
     Panic,
+    /// lockdep has run out of its tables and has turned itself off: nobody's fault, but from here on it sees nothing.
+    Blind,
 }
 
 /// A complaint with its block.
@@ -59,7 +61,7 @@ impl At {
 }
 
 use At::{Anywhere, Both, Start};
-use SplatKind::{HungTask, Leak, Lockdep, Oops, Panic, Sanitizer, Stall, Warn};
+use SplatKind::{Blind, HungTask, Leak, Lockdep, Oops, Panic, Sanitizer, Stall, Warn};
 
 /// What is looked for; the first that matches counts.
 const PATTERNS: &[(At, SplatKind)] = &[
@@ -82,7 +84,9 @@ const PATTERNS: &[(At, SplatKind)] = &[
     (Anywhere("suspicious RCU usage"), Lockdep),
     (Anywhere("Invalid wait context"), Lockdep),
     (Start("INFO: trying to register non-static key"), Lockdep),
-    (Start("BUG: MAX_LOCK"), Lockdep),
+    (Start("BUG: MAX_LOCK_DEPTH too low"), Lockdep),
+    (Start("BUG: MAX_LOCKDEP_"), Blind),
+    (Start("BUG: MAX_STACK_TRACE_ENTRIES too low"), Blind),
     (Both("INFO: task ", "blocked for more than"), HungTask),
     (Both("INFO: task ", "blocked in I/O wait for more than"), HungTask),
     (Anywhere("BUG: soft lockup"), Stall),
@@ -91,6 +95,8 @@ const PATTERNS: &[(At, SplatKind)] = &[
     (Both("rcu: INFO:", "detected stalls on"), Stall),
     (Both("rcu: INFO:", "self-detected stall on"), Stall),
     (Both("rcu: INFO:", "detected expedited stalls on"), Stall),
+    // Told one by one if kmemleak is verbose; how many there were stands behind them.
+    (Both("kmemleak:", "unreferenced object"), Leak),
     (Both("kmemleak:", "new suspected memory leaks"), Leak),
     (Start("BUG: sleeping function called from invalid context"), Warn),
     (Start("BUG: scheduling while atomic"), Warn),
@@ -130,7 +136,7 @@ const CONTINUES: &[At] = &[
 const ENDS: &[At] = &[Start("---[ end trace"), Start("---[ end Kernel panic")];
 
 /// Longest block kept.
-pub const MAX_BLOCK: usize = 160;
+pub const MAX_BLOCK: usize = 256;
 /// How many beginnings are remembered, so that a program that prints the kernel's log does not make them again.
 const MAX_SEEN: usize = 256;
 
@@ -195,15 +201,28 @@ impl Recogniser {
         }
         let mut lines: Vec<String> = lead.into_iter().collect();
         lines.push(text.to_owned());
-        self.open = Some(Splat { kind, summary: text.trim_matches(['[', ']', ' ']).to_owned(), lines });
+        // Some stand in brackets of their own: [ BUG: Invalid wait context ]
+        let boxed = text.strip_prefix("[ ").and_then(|text| text.strip_suffix(" ]"));
+        self.open = Some(Splat { kind, summary: boxed.unwrap_or(text).trim().to_owned(), lines });
     }
 
     fn take(&mut self) -> Option<Splat> {
         let mut splat = self.open.take().filter(|_| !self.again)?;
-        if let Some(place) = place(&splat.lines) {
-            if !splat.summary.contains(&place) {
-                splat.summary = format!("{} in {place}", splat.summary);
-            }
+        let more = match splat.kind {
+            Lockdep => locks(&splat.lines),
+            HungTask => blocker(&splat.lines),
+            Leak => leaked(&splat.lines),
+            _ => None,
+        };
+        // Sanitizers say where it was, and so does lockdep with its locks.
+        let told = splat.summary.contains("+0x") || (splat.kind == Lockdep && more.is_some());
+        if let Some(place) = place(&splat.lines).filter(|_| !told) {
+            splat.summary.push_str(" in ");
+            splat.summary.push_str(&place);
+        }
+        if let Some(more) = more {
+            splat.summary.push_str(": ");
+            splat.summary.push_str(&more);
         }
         Some(splat)
     }
@@ -222,15 +241,24 @@ fn belongs(open: &Splat, text: &str, kind: Option<SplatKind>) -> bool {
     match kind {
         None => !text.contains("[ cut here ]"),
         // lockdep says what it found twice in some reports; a stall report has several lines that look like new ones.
-        Some(kind) if kind == open.kind && matches!(kind, Lockdep | Stall) => true,
+        // kmemleak tells of one object after the other, and then of their number.
+        Some(kind) if kind == open.kind && matches!(kind, Lockdep | Stall | Leak) => true,
         Some(_) => matches!(open.kind, Oops | Sanitizer) && CONTINUES.iter().any(|line| line.matches(text)),
     }
 }
 
 /// Whether `text` ends a block in its own way.
 fn ends(open: &Splat, text: &str) -> bool {
-    // KASAN's report stands between two lines of equal signs.
-    open.kind == Sanitizer && open.lines.len() > 3 && is_lead(text)
+    match open.kind {
+        // KASAN's report stands between two lines of equal signs.
+        Sanitizer => open.lines.len() > 3 && is_lead(text),
+        // lockdep's last word is the stack of the task that it caught.
+        Lockdep => {
+            text.trim() == "</TASK>" && open.lines.iter().any(|line| line.starts_with("stack backtrace"))
+        }
+        Leak => text.contains("new suspected memory leaks"),
+        _ => false,
+    }
 }
 
 fn push(open: &mut Splat, text: &str) {
@@ -241,32 +269,76 @@ fn push(open: &mut Splat, text: &str) {
 
 /// The function in which it happened: RIP on x86, else the first of the call trace that is not the reporting itself.
 fn place(lines: &[String]) -> Option<String> {
-    let rip = lines.iter().find_map(|line| {
-        let (_, after) = line.split_once("RIP: 0010:")?;
-        Some(after.split_whitespace().next()?.to_owned())
-    });
+    let rip = lines.iter().find_map(|line| frame(line.split_once("RIP: 0010:")?.1));
     let place = rip.or_else(|| {
         let at = lines.iter().position(|line| line.trim_start().starts_with("Call Trace:"))?;
         lines[at + 1..].iter().map(|line| line.trim()).find_map(|line| {
             let name = line.split('+').next()?;
-            let reporting = name.starts_with('<')
-                || name.starts_with('?')
-                || [
-                    "dump_stack",
-                    "print_",
-                    "kasan_",
-                    "__schedule",
-                    "schedule",
-                    "lock_acquire",
-                    "__lock_acquire",
-                ]
-                .iter()
-                .any(|prefix| name.starts_with(prefix));
-            (!reporting && line.contains("+0x")).then(|| line.to_owned())
+            let reporting = REPORTING.iter().any(|prefix| name.starts_with(prefix));
+            if reporting || !line.contains("+0x") { None } else { frame(line) }
         })
     })?;
     // Raw addresses say nothing to anybody.
-    (!place.starts_with("0x")).then_some(place)
+    (!place.starts_with("0x")).then(|| place.to_owned())
+}
+
+/// How names of functions begin in which nothing happens but the report, or the waiting.
+const REPORTING: &[&str] = &[
+    "<",
+    "?",
+    "dump_stack",
+    "print_",
+    "kasan_",
+    "__schedule",
+    "schedule",
+    "lock_acquire",
+    "__lock_acquire",
+    "check_",
+    "validate_chain",
+    "lockdep_",
+];
+
+/// `function+0x1/0x2` at the beginning of a text, with the module behind it.
+fn frame(text: &str) -> Option<&str> {
+    let end = text.find(char::is_whitespace).unwrap_or(text.len());
+    let module = text[end..].strip_prefix(" [").and_then(|rest| rest.find(']')).map_or(0, |close| close + 3);
+    Some(text[..end + module].trim()).filter(|frame| !frame.is_empty())
+}
+
+/// Who wanted which lock, and held which.
+fn locks(lines: &[String]) -> Option<String> {
+    let lock = |mark: &str| {
+        let at = lines.iter().position(|line| line.trim_end().ends_with(mark))?;
+        // An address, or a hash of one, comes first.
+        let (_, lock) = lines.get(at + 1)?.split_once('(')?;
+        Some((at, format!("({lock}")))
+    };
+    let (at, wanted) = lock("is trying to acquire lock:")?;
+    let who = lines[at].split_whitespace().next()?;
+    let held = lock("already holding lock:").map_or(String::new(), |(_, held)| format!(", holding {held}"));
+    Some(format!("{who} wants {wanted}{held}"))
+}
+
+/// What a hung task waits for, where the kernel knows the holder: `blocked on a mutex likely owned by task agent:91`.
+fn blocker(lines: &[String]) -> Option<String> {
+    lines.iter().filter(|line| line.starts_with("INFO: task ")).find_map(|line| {
+        let at = line.find(" blocked on a")?;
+        Some(line[at + 1..].trim_end_matches('.').to_owned())
+    })
+}
+
+/// Who made what was left behind: of the first object the first function that is not the allocator.
+fn leaked(lines: &[String]) -> Option<String> {
+    const ALLOCATOR: &[&str] =
+        &["kmem", "__kmalloc", "kmalloc", "__kvmalloc", "slab", "__alloc", "alloc_", "kasan"];
+    let at = lines.iter().position(|line| line.contains("backtrace (crc"))?;
+    let maker =
+        lines[at + 1..].iter().map(|line| line.trim_start_matches("kmemleak:").trim()).find(|line| {
+            // The code of a module that is gone has no name any more: its lines are found by the address.
+            let place = line.contains("+0x") || line.starts_with("0xffffffff");
+            place && !ALLOCATOR.iter().any(|name| line.starts_with(name))
+        })?;
+    Some(format!("the first was made in {maker}"))
 }
 
 #[cfg(test)]

@@ -38,7 +38,7 @@ fn an_oops_is_one_splat_and_names_its_function() {
     assert_eq!(found.iter().map(|splat| splat.kind).collect::<Vec<_>>(), [Oops, Panic]);
     assert_eq!(
         found[0].summary,
-        "BUG: kernel NULL pointer dereference, address: 0000000000000018 in vgpu_mirror_release+0x24/0x90"
+        "BUG: kernel NULL pointer dereference, address: 0000000000000018 in vgpu_mirror_release+0x24/0x90 [hmm_vgpu]"
     );
     assert_eq!(found[0].lines.len(), 14);
     assert!(found[0].lines[9].contains("__mmu_notifier_release"));
@@ -196,4 +196,84 @@ fn a_block_is_bounded() {
     }
     assert_eq!(found.map(|splat| splat.lines.len()), Some(MAX_BLOCK));
     assert!(!recogniser.collecting());
+}
+
+/// What a guest printed, `run release --kernel built:debug` with a driver that frees a context before its last use.
+#[test]
+fn a_real_report_of_kasan() {
+    let found = all(include_str!("real/kasan.txt"));
+    assert_eq!(found.len(), 1, "{found:?}");
+    let splat = &found[0];
+    assert_eq!(splat.kind, Sanitizer);
+    assert_eq!(splat.summary, "BUG: KASAN: use-after-free in vgpu_ctx_destroy+0x466/0x480 [hmm_vgpu]");
+    let rule = "==================================================================";
+    assert_eq!(splat.lines.first().map(String::as_str), Some(rule));
+    assert_eq!(splat.lines.last().map(String::as_str), Some(rule));
+    assert!(splat.lines.iter().any(|line| line.contains("Memory state around the buggy address")));
+}
+
+/// The same guest with a driver that takes two locks in one order and then in the other.
+#[test]
+fn a_real_report_of_lockdep_names_the_locks() {
+    let found = all(include_str!("real/lockdep.txt"));
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].kind, Lockdep);
+    assert_eq!(
+        found[0].summary,
+        "WARNING: possible circular locking dependency detected: init/1 wants (trial_a){+.+.}-{4:4}, at: vgpu_init+0x5b/0x1000 \
+         [hmm_vgpu], holding (trial_b){+.+.}-{4:4}, at: vgpu_init+0x4d/0x1000 [hmm_vgpu]"
+    );
+    assert_eq!(found[0].lines.last().map(String::as_str), Some(" </TASK>"));
+}
+
+#[test]
+fn a_lockdep_that_gave_up_is_no_finding() {
+    let full = "[    5.0] BUG: MAX_LOCKDEP_CHAINS too low!\n[    5.1] turning off the locking correctness validator.";
+    assert_eq!(kinds(full), [Blind]);
+    assert_eq!(kinds("[    5.0] BUG: MAX_LOCK_DEPTH too low!"), [Lockdep]);
+}
+
+#[test]
+fn a_hung_task_and_whom_it_waits_for() {
+    let text = "\
+[   61.000001] INFO: task trial_waiter:58 blocked for more than 30 seconds.
+[   61.000002]       Tainted: G           O        7.3.4 #1
+[   61.000003] task:trial_waiter    state:D stack:0     pid:58    tgid:58    ppid:2
+[   61.000004] Call Trace:
+[   61.000005]  <TASK>
+[   61.000006]  __schedule+0xd53/0x35f0
+[   61.000007]  schedule_preempt_disabled+0x18/0x30
+[   61.000008]  __mutex_lock+0x512/0x1040
+[   61.000009]  </TASK>
+[   61.000010] INFO: task trial_waiter:58 is blocked on a mutex likely owned by task trial_holder:57.
+[   61.000011] task:trial_holder    state:S stack:0     pid:57    tgid:57    ppid:2
+";
+    let found = all(text);
+    assert_eq!(found.len(), 1);
+    assert_eq!(
+        found[0].summary,
+        "INFO: task trial_waiter:58 blocked for more than 30 seconds. in __mutex_lock+0x512/0x1040: blocked on a mutex likely owned by \
+         task trial_holder:57"
+    );
+}
+
+#[test]
+fn leaks_are_one_finding_and_name_the_first_maker() {
+    let text = "\
+[   70.000001] kmemleak: unreferenced object 0xffff888006f3a000 (size 64):
+[   70.000002] kmemleak:   comm \"init\", pid 55, jiffies 4294940000
+[   70.000003] kmemleak:   backtrace (crc 0):
+[   70.000004] kmemleak:     __kmalloc_cache_noprof+0x2a0/0x320
+[   70.000005] kmemleak:     0xffffffffc0201234
+[   70.000006] kmemleak:     vgpu_ctx_create+0x50/0x100 [hmm_vgpu]
+[   70.000007] kmemleak: unreferenced object 0xffff888006f3b000 (size 64):
+[   70.000008] kmemleak:   backtrace (crc 0):
+[   70.000009] kmemleak: 2 new suspected memory leaks (see /sys/kernel/debug/kmemleak)
+[   70.000010] later and unrelated
+";
+    let found = all(text);
+    assert_eq!(found.len(), 1);
+    assert_eq!(found[0].kind, Leak);
+    assert_eq!(found[0].lines.len(), 9);
+    assert!(found[0].summary.ends_with("made in 0xffffffffc0201234"), "{}", found[0].summary);
 }

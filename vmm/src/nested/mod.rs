@@ -23,7 +23,6 @@ pub mod inside;
 pub mod outside;
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -78,13 +77,5 @@ pub struct InsideQemu {
 #[must_use]
 pub fn limits(plain: Limits) -> Limits {
     const SLOWER: u32 = 3;
-    let longer = |time: Duration| time.saturating_mul(SLOWER);
-    Limits {
-        silence: longer(plain.silence),
-        boot: longer(plain.boot),
-        boot_talking: longer(plain.boot_talking),
-        no_heartbeat: longer(plain.no_heartbeat),
-        hang_heartbeats: plain.hang_heartbeats * u64::from(SLOWER),
-        ..plain
-    }
+    Limits { hang_heartbeats: plain.hang_heartbeats * u64::from(SLOWER), ..plain.slower(SLOWER) }
 }

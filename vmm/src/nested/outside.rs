@@ -498,6 +498,7 @@ fn adopt(results: &mut Results, theirs: Results) -> Result<()> {
     results.violations = theirs.violations;
     results.boot_complaints = theirs.boot_complaints;
     results.notes.extend(theirs.notes);
+    results.module_texts = theirs.module_texts;
     results.console_tail = theirs.console_tail;
     results.boot_seconds = theirs.boot_seconds;
     let Some(error) = theirs.error else { return Ok(()) };

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::cache::{Cache, Item, Made, Wanted};
 use super::debian::{self, Extract};
-use super::vmlinux;
+use super::{built, vmlinux};
 use crate::event::{Event, EventSink};
 use crate::failure::{Failure, Result};
 
@@ -19,8 +19,16 @@ pub struct NamedKernel {
     pub name: &'static str,
     /// What it is, for people.
     pub about: &'static str,
-    suite: &'static str,
-    backports: bool,
+    origin: Origin,
+}
+
+/// Where a kernel comes from.
+#[derive(Clone, Copy, Debug)]
+enum Origin {
+    /// Debian's packages, of a release or of its backports.
+    Debian { suite: &'static str, backports: bool },
+    /// Compiled here, see [`built`].
+    Built(&'static built::Flavour),
 }
 
 /// All of them; the first is the default.
@@ -28,21 +36,20 @@ pub const KERNELS: &[NamedKernel] = &[
     NamedKernel {
         name: "backports",
         about: "Debian 13 backports: the newest cloud kernel there (7.x); device-private memory",
-        suite: "trixie",
-        backports: true,
+        origin: Origin::Debian { suite: "trixie", backports: true },
     },
     NamedKernel {
         name: "trixie",
         about: "Debian 13 cloud kernel (6.12); no device-private memory",
-        suite: "trixie",
-        backports: false,
+        origin: Origin::Debian { suite: "trixie", backports: false },
     },
     NamedKernel {
         name: "bookworm",
         about: "Debian 12 cloud kernel (6.1); no device-private memory",
-        suite: "bookworm",
-        backports: false,
+        origin: Origin::Debian { suite: "bookworm", backports: false },
     },
+    NamedKernel { name: built::FAST.name, about: built::FAST.about, origin: Origin::Built(&built::FAST) },
+    NamedKernel { name: built::DEBUG.name, about: built::DEBUG.about, origin: Origin::Built(&built::DEBUG) },
 ];
 
 /// Change it when what is fetched, or how it is laid out, changes.
@@ -75,6 +82,8 @@ pub struct Kernel {
     pub image: PathBuf,
     /// The image as its package or tree has it; the same as `image` unless that was unpacked from it.
     pub packed: PathBuf,
+    /// Its ELF file with symbols and line numbers, where there is one.
+    pub symbols: Option<PathBuf>,
     /// Its configuration.
     pub config: Option<PathBuf>,
     pub(super) build: Build,
@@ -101,6 +110,7 @@ impl Kernel {
             version: None,
             packed: image.clone(),
             image,
+            symbols: None,
             config: None,
             build: Build::Nowhere,
         }
@@ -114,6 +124,13 @@ impl Kernel {
         text.lines()
             .find_map(|line| line.strip_prefix(&prefix))
             .map(|value| value.trim_matches('"').to_owned())
+    }
+
+    /// Whether it is one that checks each of its own memory accesses. Where its configuration is not at hand, in an outer guest, its
+    /// name tells.
+    #[must_use]
+    pub fn slow(&self) -> bool {
+        self.option("KASAN").is_some() || self.name == built::DEBUG.name
     }
 
     /// The directory with the modules that came with it, where there is one.
@@ -131,7 +148,10 @@ impl Kernel {
 
 pub(super) fn provide(cache: &Cache, events: &Arc<dyn EventSink>, name_or_tree: &str) -> Result<Kernel> {
     if let Some(named) = KERNELS.iter().find(|kernel| kernel.name == name_or_tree) {
-        return debian_kernel(cache, events, named);
+        return match named.origin {
+            Origin::Debian { suite, backports } => debian_kernel(cache, events, named, suite, backports),
+            Origin::Built(flavour) => from_item(named, built::provide(cache, events, flavour)?),
+        };
     }
     let path = Path::new(name_or_tree);
     let tree = || name_or_tree.to_owned();
@@ -152,7 +172,13 @@ pub(super) fn provide(cache: &Cache, events: &Arc<dyn EventSink>, name_or_tree: 
 pub(crate) fn cached(cache: &Cache) -> Vec<Kernel> {
     KERNELS
         .iter()
-        .filter_map(|named| cache.get(&item_name(named), RECIPE).and_then(|item| from_item(named, item).ok()))
+        .filter_map(|named| {
+            let item = match named.origin {
+                Origin::Debian { .. } => cache.get(&item_name(named), RECIPE),
+                Origin::Built(flavour) => built::cached(cache, flavour),
+            };
+            item.and_then(|item| from_item(named, item).ok())
+        })
         .collect()
 }
 
@@ -160,7 +186,13 @@ fn item_name(named: &NamedKernel) -> String {
     format!("kernel-{}", named.name)
 }
 
-fn debian_kernel(cache: &Cache, events: &Arc<dyn EventSink>, named: &NamedKernel) -> Result<Kernel> {
+fn debian_kernel(
+    cache: &Cache,
+    events: &Arc<dyn EventSink>,
+    named: &NamedKernel,
+    suite: &str,
+    backports: bool,
+) -> Result<Kernel> {
     let item = item_name(named);
     let step = format!("kernel {}", named.name);
     let wanted = Wanted {
@@ -171,8 +203,7 @@ fn debian_kernel(cache: &Cache, events: &Arc<dyn EventSink>, named: &NamedKernel
         bytes: 700_000_000,
     };
     let item = cache.ensure(&wanted, events, &mut |partial| {
-        let what =
-            Extract { suite: named.suite, backports: named.backports, packages: PACKAGES, step: &step };
+        let what = Extract { suite, backports, packages: PACKAGES, step: &step };
         let packages = debian::extract(cache, events, partial, &what)?;
         let root = partial.path.join("root");
         let (release, image, config) = find_image(&root)?;
@@ -189,18 +220,7 @@ fn debian_kernel(cache: &Cache, events: &Arc<dyn EventSink>, named: &NamedKernel
                 key_files.push(format!("root/{headers}/{file}"));
             }
         }
-        // The tools that every build runs, and the libraries they load.
-        for dir in ["usr/bin", "usr/lib/x86_64-linux-gnu", "usr/libexec/gcc", "usr/lib/gcc"] {
-            if !root.join(dir).is_dir() {
-                continue;
-            }
-            super::cache::walk(&root.join(dir), &mut |file, meta| {
-                if meta.is_file() {
-                    key_files.push(format!("root/{dir}/{}", file.display()));
-                }
-            })
-            .map_err(|e| cache.trouble("looking through the kernel's packages", &e))?;
-        }
+        key_files.extend(tools(cache, &root)?);
         Ok(Made { versions, key_files })
     })?;
     let mut kernel = from_item(named, item)?;
@@ -208,6 +228,23 @@ fn debian_kernel(cache: &Cache, events: &Arc<dyn EventSink>, named: &NamedKernel
         kernel.image = unpacked;
     }
     Ok(kernel)
+}
+
+/// The tools in a build root that every build runs, and the libraries they load.
+pub(super) fn tools(cache: &Cache, root: &Path) -> Result<Vec<String>> {
+    let mut files = Vec::new();
+    for dir in ["usr/bin", "usr/lib/x86_64-linux-gnu", "usr/libexec/gcc", "usr/lib/gcc"] {
+        if !root.join(dir).is_dir() {
+            continue;
+        }
+        super::cache::walk(&root.join(dir), &mut |file, meta| {
+            if meta.is_file() {
+                files.push(format!("root/{dir}/{}", file.display()));
+            }
+        })
+        .map_err(|e| cache.trouble("looking through the kernel's packages", &e))?;
+    }
+    Ok(files)
 }
 
 fn from_item(named: &NamedKernel, item: Item) -> Result<Kernel> {
@@ -222,12 +259,14 @@ fn from_item(named: &NamedKernel, item: Item) -> Result<Kernel> {
         .find(|(name, _)| name.contains(&release))
         .map(|(_, version)| version.clone());
     let headers = format!("/usr/src/linux-headers-{release}");
+    let symbols = root.join("boot").join(format!("{}{release}", built::SYMBOLS));
     Ok(Kernel {
         name: named.name.into(),
         release,
         version,
         packed: image.clone(),
         image,
+        symbols: symbols.is_file().then_some(symbols),
         config: Some(root.join(config)),
         build: Build::Root { item, headers },
     })
@@ -240,7 +279,7 @@ fn find_image(root: &Path) -> Result<(String, String, String)> {
         entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
     };
     for name in names("boot") {
-        if let Some(release) = name.strip_prefix("vmlinuz-") {
+        if let Some(release) = name.strip_prefix("vmlinuz-").or_else(|| name.strip_prefix(built::IMAGE)) {
             return Ok((release.to_owned(), format!("boot/{name}"), format!("boot/config-{release}")));
         }
     }
@@ -310,6 +349,7 @@ fn built_tree(name: String, dir: &Path) -> Result<Kernel> {
         version: None,
         packed: image.clone(),
         image,
+        symbols: Some(dir.join("vmlinux")).filter(|file| file.is_file()),
         config: Some(dir.join(".config")).filter(|file| file.is_file()),
         build: Build::Tree(dir),
     })

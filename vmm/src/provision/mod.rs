@@ -4,6 +4,7 @@
 //! Why it is done this way: `docs/decisions/0001-provisioning.md`.
 
 mod agent;
+mod built;
 mod cache;
 mod debian;
 mod hash;
@@ -22,6 +23,7 @@ use std::sync::Arc;
 pub use cache::{Cache, Item, Made, Manifest, Partial, Wanted};
 pub(crate) use kernel::cached as cached_kernels;
 pub use kernel::{KERNELS, Kernel, NamedKernel};
+pub(crate) use modfile::module_name;
 pub use modfile::{ModuleInfo, check_module};
 pub use modules::Modules;
 pub use qemu::QemuProgram;

@@ -46,6 +46,11 @@ pub fn check_module(file: &Path, kernel: &Kernel) -> Result<ModuleInfo> {
     Ok(info)
 }
 
+/// The name that the guest's kernel has for a module, if the file is one.
+pub(crate) fn module_name(file: &Path) -> Option<String> {
+    parse(&std::fs::read(file).ok()?).ok()?.name
+}
+
 fn parse(bytes: &[u8]) -> Result<ModuleInfo, String> {
     if bytes.starts_with(b"\xfd7zXZ")
         || bytes.starts_with(b"\x1f\x8b")

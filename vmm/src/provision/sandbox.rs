@@ -28,13 +28,37 @@ pub(super) struct Sandbox {
     scratch: Option<Scratch>,
 }
 
+/// The file system of a sandbox.
+#[derive(Clone, Copy)]
+enum Place<'a> {
+    /// A root of its own with compiler and headers.
+    Root { root: &'a Path, headers: &'a str },
+    /// The host's, with a built kernel tree in it.
+    Tree(&'a Path),
+}
+
 /// A sandbox fit for building modules for this kernel.
 pub(super) fn sandbox(kernel: &Kernel, shares: &Shares<'_>, script: &str) -> Result<Sandbox> {
-    match (bwrap_works(), &kernel.build) {
-        (Ok(()), _) => bubblewrap(kernel, shares, script),
+    match &kernel.build {
+        Build::Root { item, headers } => {
+            begin(Place::Root { root: &item.path.join("root"), headers }, shares, script)
+        }
+        Build::Tree(tree) => begin(Place::Tree(tree), shares, script),
+        Build::Nowhere => Err(nowhere(kernel)),
+    }
+}
+
+/// A sandbox in a root that has a compiler, for building something else than modules. The script gets no headers: its `$1` is `/`.
+pub(super) fn in_root(root: &Path, shares: &Shares<'_>, script: &str) -> Result<Sandbox> {
+    begin(Place::Root { root, headers: "/" }, shares, script)
+}
+
+fn begin(place: Place<'_>, shares: &Shares<'_>, script: &str) -> Result<Sandbox> {
+    match (bwrap_works(), place) {
+        (Ok(()), _) => bubblewrap(place, shares, script),
         // Where not even root gets namespaces, in most containers, it still gets a chroot.
-        (Err(_), Build::Root { item, headers }) if nix::unistd::geteuid().is_root() => {
-            chroot(&item.path.join("root"), headers, shares, script)
+        (Err(_), Place::Root { root, headers }) if nix::unistd::geteuid().is_root() => {
+            chroot(root, headers, shares, script)
                 .map_err(|e| Failure::environment(format!("cannot prepare a chroot to compile in: {e}")))
         }
         (Err(_), _) if process::find_program("bwrap").is_none() => Err(missing()),
@@ -51,32 +75,32 @@ impl Sandbox {
         let Some(scratch) = &self.scratch else { return Ok(()) };
         for entry in fs::read_dir(scratch.path.join("out"))? {
             let entry = entry?;
-            fs::copy(entry.path(), results.join(entry.file_name()))?;
+            // Both are in the cache, and so on one file system.
+            fs::rename(entry.path(), results.join(entry.file_name()))?;
         }
         Ok(())
     }
 }
 
-fn bubblewrap(kernel: &Kernel, shares: &Shares<'_>, script: &str) -> Result<Sandbox> {
+fn bubblewrap(place: Place<'_>, shares: &Shares<'_>, script: &str) -> Result<Sandbox> {
     let bwrap = process::find_program("bwrap").ok_or_else(missing)?;
     let mut command = Command::new(bwrap);
     command.args(["--unshare-all", "--die-with-parent", "--new-session", "--ro-bind"]);
-    let headers = match &kernel.build {
-        Build::Root { item, headers } => {
-            command.arg(item.path.join("root")).arg("/");
-            PathBuf::from(headers)
+    let headers = match place {
+        Place::Root { root, headers } => {
+            command.arg(root).arg("/");
+            Path::new(headers)
         }
-        Build::Tree(tree) => {
+        Place::Tree(tree) => {
             command.args(["/", "/"]);
-            tree.clone()
+            tree
         }
-        Build::Nowhere => return Err(nowhere(kernel)),
     };
     command.args(["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]);
-    if let Build::Tree(tree) = &kernel.build {
+    if let Place::Tree(tree) = place {
         // A tree below /tmp has just been covered; a tree built with O= needs its sources as well.
         let sources = fs::canonicalize(tree.join("source")).ok();
-        for dir in sources.iter().chain([tree]).filter(|dir| dir.starts_with("/tmp")) {
+        for dir in sources.iter().map(PathBuf::as_path).chain([tree]).filter(|dir| dir.starts_with("/tmp")) {
             command.arg("--ro-bind").arg(dir).arg(dir);
         }
     }

@@ -22,6 +22,8 @@ use crate::failure::Failure;
 const MAX_SHOWN_CASES: u64 = 10;
 /// How often a plain log gets a line about a workload that goes on.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
+/// And about a step of provisioning.
+const PLAIN_STEP_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Shows a run to people.
 pub struct Human {
@@ -43,6 +45,8 @@ struct State {
 struct Step {
     about: String,
     bar: Option<ProgressBar>,
+    /// When a plain log had its last line about it.
+    said: Instant,
 }
 
 /// What a text is, and so its colour.
@@ -115,11 +119,27 @@ impl Human {
         if bar.is_none() {
             self.print(&format!("{about} ..."));
         }
-        state.steps.insert(step, Step { about, bar });
+        state.steps.insert(step, Step { about, bar, said: Instant::now() });
     }
 
-    fn step_progress(state: &State, step: &str, done: u64, total: Option<u64>, detail: Option<String>) {
-        let Some(Step { about, bar: Some(bar) }) = state.steps.get(step) else { return };
+    fn step_progress(
+        &self,
+        state: &mut State,
+        step: &str,
+        done: u64,
+        total: Option<u64>,
+        detail: Option<String>,
+    ) {
+        let Some(Step { about, bar, said }) = state.steps.get_mut(step) else { return };
+        let Some(bar) = bar else {
+            // A log that stands still for a quarter of an hour looks like a hang.
+            if let Some(total) = total.filter(|_| said.elapsed() >= PLAIN_STEP_INTERVAL) {
+                *said = Instant::now();
+                let text = format!("{about}: {} %", done.saturating_mul(100) / total.max(1));
+                self.print(&text);
+            }
+            return;
+        };
         if let Some(total) = total {
             if bar.length() != Some(total) {
                 bar.set_style(style(Some(total)));
@@ -133,7 +153,7 @@ impl Human {
     }
 
     fn step_end(&self, state: &mut State, step: &str, seconds: f64, cached: bool, ok: bool) {
-        let Some(Step { about, bar }) = state.steps.remove(step) else { return };
+        let Some(Step { about, bar, .. }) = state.steps.remove(step) else { return };
         if let Some(bar) = bar {
             bar.finish_and_clear();
         }
@@ -156,6 +176,7 @@ impl Human {
                 state.driver_loaded |= module.contains("driver");
                 self.print(&format!("guest: {module} loaded"));
             }
+            Message::ModuleText { .. } => {}
             Message::WorkloadStart { workload, seed } => {
                 state.shown_cases = 0;
                 state.last_plain = Some(Instant::now());
@@ -273,7 +294,7 @@ impl EventSink for Human {
             Event::Nested { .. } => {}
             Event::StepStart { step, about, total } => self.step_start(&mut state, step, about, total),
             Event::StepProgress { step, done, total, detail } => {
-                Self::step_progress(&state, &step, done, total, detail);
+                self.step_progress(&mut state, &step, done, total, detail);
             }
             Event::StepEnd { step, seconds, cached, ok } => {
                 self.step_end(&mut state, &step, seconds, cached, ok);

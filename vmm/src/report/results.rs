@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `results.json`: what a run found, for programs. Fields may be added, never renamed.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use vgpu::oracle::Violation;
 
@@ -97,6 +99,9 @@ pub struct Results {
     pub boot_complaints: Vec<String>,
     /// Things worth knowing that are no reason for the verdict.
     pub notes: Vec<String>,
+    /// Where in the guest the code of its modules began.
+    #[serde(default)]
+    pub module_texts: BTreeMap<String, u64>,
     /// Why the run could not be made.
     pub error: Option<ErrorRecord>,
     /// The last console lines, if the guest was lost.
@@ -312,6 +317,7 @@ pub(crate) mod tests {
             violations: vec![ViolationRecord::new(&violation, Some("release".into()), "replay".into())],
             boot_complaints: vec![],
             notes: vec!["note".into()],
+            module_texts: BTreeMap::new(),
             error: None,
             console_tail: vec!["line".into()],
             boot_seconds: Some(2.5),

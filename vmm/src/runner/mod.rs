@@ -19,6 +19,7 @@ pub(crate) mod untrusted;
 pub mod verdict;
 pub mod watch;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
@@ -28,13 +29,14 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use guest_protocol::Plan;
 use vgpu::gpu::GpuConfig;
-use vgpu::oracle::{Oracle, Violation};
+use vgpu::oracle::{Oracle, Rule, Violation};
 
 pub use config::RunConfig;
 
 use crate::cli::MachineName;
 use crate::cli::vfio::Vfio;
 use crate::console::Console;
+use crate::console::symbols::{Module, Symbols};
 use crate::event::{Event, EventSink};
 use crate::failure::{Failure, FailureKind, Result};
 use crate::gates::diagram;
@@ -43,6 +45,7 @@ use crate::machine::kvm::KvmOptions;
 use crate::machine::{Accel, MachineConfig, kvm, qemu};
 use crate::nested::carried::Outer;
 use crate::nested::outside::{Outside, outer_kernel};
+use crate::provision::module_name;
 use crate::report::out::OutDir;
 use crate::report::results::{ErrorRecord, Results, SCHEMA_VERSION, Verdict, ViolationRecord};
 use device::Device;
@@ -131,10 +134,12 @@ fn make(
     let carried = config.vfio == Some(Vfio::Gpu);
     if config.nested && !carried {
         let outside = Outside { config, parts: &parts, plan: &plan, events, interrupted, out };
-        return outside.run(initramfs, results);
+        let made = outside.run(initramfs, results);
+        with_kernel(results, &parts);
+        return made;
     }
     let log = out.map(OutDir::console_log).transpose()?;
-    let (mut limits, mut outer) = (Limits::default(), None);
+    let (mut limits, mut outer) = (limits(&parts), None);
     if carried {
         limits = crate::nested::limits(limits);
         // QEMU is only the host of the machine.
@@ -143,7 +148,9 @@ fn make(
         outer = Some(Outer { kernel: outer_kernel(&parts, events)?, log });
     }
     let given = Boot { parts: &parts, plan: &plan, initramfs, log, limits, accel: accel.accel, outer };
-    follow(config, given, events.as_ref(), interrupted, results)
+    let made = follow(config, given, events.as_ref(), interrupted, results);
+    with_kernel(results, &parts);
+    made
 }
 
 /// Makes a run in an outer guest, from parts that lie there. Whatever happens, everything it started has ended when it returns.
@@ -165,7 +172,7 @@ pub(crate) fn run_inside(
         results.workloads = story::Story::new(&plan).results("the guest was not started");
         results.machine_version = Some(parts.machine().0);
         results.kernel.clone_from(&parts.kernel.release);
-        let limits = crate::nested::limits(Limits::default());
+        let limits = crate::nested::limits(limits(parts));
         let given =
             Boot { parts, plan: &plan, initramfs, log: Some(log), limits, accel: accel.accel, outer: None };
         follow(config, given, events, interrupted, &mut results)
@@ -183,6 +190,12 @@ pub(crate) fn not_made(config: &RunConfig, failure: &Failure) -> Results {
     let mut results = blank(config);
     note_failure(&mut results, failure);
     results
+}
+
+/// How long things may take in host time: a kernel with KASAN is several times slower than one without.
+fn limits(parts: &Parts) -> Limits {
+    let plain = Limits::default();
+    if parts.kernel.slow() { plain.slower(5) } else { plain }
 }
 
 /// What a guest is booted from, and how long it may take.
@@ -353,9 +366,35 @@ fn conclude(config: &RunConfig, results: &mut Results, end: &End, seen: &Seen<'_
     results.console_tail.clone_from(&end.console_tail);
     results.boot_seconds = end.boot_seconds;
     results.notes.extend(end.notes.iter().cloned());
+    results.module_texts = end.story.texts.iter().cloned().collect();
     let suppressed = seen.oracle.counters().suppressed;
     if suppressed > 0 {
         results.notes.push(format!("{suppressed} more violations were not kept"));
+    }
+}
+
+/// Adds what the kernel's files tell: the lines of source of the functions that reports name, and what its checks no longer saw.
+fn with_kernel(results: &mut Results, parts: &Parts) {
+    const BLINDING: [Rule; 3] = [Rule::KernelLockdep, Rule::KernelKasan, Rule::KernelOops];
+    let blind = BLINDING.iter().any(|rule| results.violations.iter().any(|v| v.rule == rule.name()));
+    if blind && parts.kernel.option("PROVE_LOCKING").is_some() {
+        results.notes.push(
+            "lockdep is silent after its first report, and after one of KASAN or an oops: locking was not checked from there on"
+                .to_owned(),
+        );
+    }
+    let modules = [&parts.modules.driver, &parts.modules.witness];
+    let modules = modules.into_iter().filter_map(|path| {
+        let name = module_name(path)?;
+        let text = results.module_texts.get(&name).copied();
+        Some(Module::new(name, path.clone(), text))
+    });
+    let mut symbols = Symbols::new(parts.kernel.symbols.clone(), modules.collect());
+    for violation in &mut results.violations {
+        violation.summary = symbols.line(&violation.summary).into_owned();
+        for line in &mut violation.events {
+            *line = symbols.line(line).into_owned();
+        }
     }
 }
 
@@ -390,6 +429,7 @@ fn blank(config: &RunConfig) -> Results {
         violations: Vec::new(),
         boot_complaints: Vec::new(),
         notes: Vec::new(),
+        module_texts: BTreeMap::new(),
         error: None,
         console_tail: Vec::new(),
         boot_seconds: None,

@@ -296,6 +296,7 @@ impl<'a> Session<'a> {
                             }
                         }
                         Meaning::Lost(text) => self.end.lost = self.end.lost.take().or(Some(text)),
+                        Meaning::Note(text) => self.end.notes.push(text),
                         Meaning::Known => {}
                     }
                 }

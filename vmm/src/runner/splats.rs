@@ -14,6 +14,8 @@ pub enum Meaning {
     Boot(String),
     /// The guest ends, for a reason that says nothing about the driver.
     Lost(String),
+    /// Worth knowing, and nobody's fault.
+    Note(String),
     /// The end of something already reported.
     Known,
 }
@@ -35,6 +37,12 @@ const OWN_REASONS: &[&str] = &[
 /// What to make of `splat`, in a guest in which `modules` were loaded already, and which has `complained` before.
 #[must_use]
 pub fn meaning(splat: &Splat, modules: bool, complained: bool) -> Meaning {
+    if splat.kind == SplatKind::Blind {
+        return Meaning::Note(format!(
+            "lockdep turned itself off and sees nothing from here on: {}",
+            splat.summary
+        ));
+    }
     let names_driver = splat.lines.iter().any(|line| line.contains("hmm_vgpu"));
     if splat.kind == SplatKind::Panic {
         if OWN_REASONS.iter().any(|reason| splat.summary.contains(reason)) || !(modules || names_driver) {
@@ -55,6 +63,7 @@ pub fn meaning(splat: &Splat, modules: bool, complained: bool) -> Meaning {
         // A CPU that does not get on is found by the kernel's own detector, as a task that does not.
         SplatKind::HungTask | SplatKind::Stall => Rule::KernelHungTask,
         SplatKind::Leak => Rule::KernelLeak,
+        SplatKind::Blind => return Meaning::Known,
     };
     let mut violation = Violation::new(rule, splat.summary.clone());
     violation.events = splat.lines.clone();

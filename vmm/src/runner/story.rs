@@ -29,6 +29,8 @@ pub struct Story {
     pub done: bool,
     /// Cases outside of every workload that failed for a reason that is no finding.
     pub loose: Vec<String>,
+    /// Where the modules' code begins, by their names.
+    pub texts: Vec<(String, u64)>,
 }
 
 impl Story {
@@ -55,6 +57,7 @@ impl Story {
             fatal: None,
             done: false,
             loose: Vec::new(),
+            texts: Vec::new(),
         }
     }
 
@@ -71,6 +74,12 @@ impl Story {
             Message::ModuleLoaded { module } => {
                 self.modules = true;
                 self.driver |= module.contains("driver");
+            }
+            Message::ModuleText { module, text } => {
+                // Two are what a guest of ours has.
+                if self.texts.len() < 16 {
+                    self.texts.push((module.clone(), *text));
+                }
             }
             Message::WorkloadStart { workload, .. } => {
                 // The same workload may stand in a plan twice.

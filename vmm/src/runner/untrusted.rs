@@ -16,6 +16,7 @@ pub(crate) fn tame(message: &mut Message) {
     match message {
         Message::Booted { kernel: text, .. }
         | Message::ModuleLoaded { module: text }
+        | Message::ModuleText { module: text, .. }
         | Message::WorkloadStart { workload: text, .. }
         | Message::Progress { workload: text, .. }
         | Message::Fatal { reason: text } => tame_text(text),

@@ -45,6 +45,21 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    /// The same for a guest to which the host's seconds are so many times shorter. What is counted in the guest's heartbeats stays.
+    #[must_use]
+    pub fn slower(self, times: u32) -> Self {
+        let longer = |time: Duration| time.saturating_mul(times);
+        Self {
+            silence: longer(self.silence),
+            boot: longer(self.boot),
+            boot_talking: longer(self.boot_talking),
+            no_heartbeat: longer(self.no_heartbeat),
+            ..self
+        }
+    }
+}
+
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Alarm {
