@@ -203,12 +203,14 @@ impl Engine {
         self.script.sites.get(number).map_or("?", |site| site.name.as_str())
     }
 
+    /// Whether a gate is about others only.
+    fn spares(&self, gate: usize, role: Role) -> bool {
+        self.script.sites.get(gate).is_some_and(|site| !site.only.is_empty() && !site.only.contains(&role))
+    }
+
     /// Whether the scenario decides on whoever comes there.
     fn decides(&self, state: &State, gate: usize, role: Role) -> bool {
         let Some(site) = self.script.sites.get(gate).filter(|site| !site.record) else { return false };
-        if !site.only.is_empty() && !site.only.contains(&role) {
-            return false;
-        }
         match (&self.order, &site.concerns) {
             (Some(_), _) => !state.astray,
             (None, _) if state.step >= self.script.steps.len() => false,
@@ -229,6 +231,11 @@ impl Engine {
             }
             _ if state.repetition.is_none() => {}
             GateRecord::Disarmed { .. } => {}
+            // Somebody whom this gate is not about.
+            GateRecord::Reached { site, slot, role, .. } if self.spares(site, role) => {
+                slot.into_iter().for_each(|slot| doors.open(slot));
+            }
+            GateRecord::Passed { site, role, .. } if self.spares(site, role) => {}
             GateRecord::Reached { site, slot, role, spins, .. } => {
                 state.reached.add(site, role);
                 let verb = if slot.is_some() { "waits at" } else { "comes to" };
