@@ -134,7 +134,7 @@ static bool book_entry(unsigned int n, struct lock_use *entry, struct lock_use *
 
 static void book_print(const struct lock_use *use)
 {
-	pr_info("hmm_lock: %s/%d %s %s:%llu %s since %llu\n", use->comm, use->pid,
+	pr_info("hmm_lock: %s/%d %s %s:%llu (%s) since %llu\n", use->comm, use->pid,
 		use->waits ? "waits for" : "holds", use->kind, use->id, use->mode,
 		use->since);
 }

@@ -28,8 +28,12 @@
 	static noinline void hmm_gate_##name(void)			\
 	{								\
 		might_sleep();						\
-		/* Without it the compiler sees that nothing is done. */ \
-		asm volatile("" : : : "memory");			\
+		/*							\
+		 * Without it the compiler sees that nothing is done; and	\
+		 * without the name, that all gates do the same, and makes	\
+		 * one function of them.					\
+		 */							\
+		asm volatile("# gate " #name : : : "memory");		\
 	}								\
 	static_assert(sizeof(#name) <= 48)
 
@@ -37,7 +41,7 @@
 #define HMM_GATE_DEFINE_ATOMIC(name)					\
 	static noinline void hmm_gate_atomic_##name(void)		\
 	{								\
-		asm volatile("" : : : "memory");			\
+		asm volatile("# gate " #name : : : "memory");		\
 	}								\
 	static_assert(sizeof(#name) <= 48)
 

@@ -165,7 +165,11 @@ pub(crate) struct Context {
 impl Context {
     /// Opens, binds, and tells the witness.
     pub(crate) fn bind(device: &dyn Device) -> Checked<Self> {
-        let file = device.open().doing("open")?;
+        Self::bind_on(device, device.open().doing("open")?)
+    }
+
+    /// Binds a file that is open, which another process may have opened, and tells the witness.
+    pub(crate) fn bind_on(device: &dyn Device, file: Box<dyn DeviceFile>) -> Checked<Self> {
         let until = Instant::now() + BOUND;
         let mut pause = Pause::default();
         let handle = loop {

@@ -117,6 +117,39 @@ pub const CASTS: &[CastInfo] = &[
         name: "drop-and-fault",
         about: "thread D drops a page; while it does so the device faults on it; the faulting job is asked for after the gate user:fault",
     },
+    CastInfo {
+        name: "release-unregister",
+        about: "a mirrored process ends (user:exit) while U unregisters its only mirror (user:unregister, user:unregistered)",
+    },
+    CastInfo {
+        name: "release-once",
+        about: "a process with twelve mirrors ends while U unregisters eleven of them; gates as for release-unregister",
+    },
+    CastInfo {
+        name: "release-waits",
+        about: "a process ends, its release callback waits for work that invalidates it, and B unregisters its other mirror (user:unregister, user:unregistered); P has seen it end at user:ended",
+    },
+    CastInfo {
+        name: "unregister-in-release",
+        about: "a process ends (user:exit), and its release callback unregisters its mirror",
+    },
+    CastInfo {
+        name: "mirrors-sem",
+        about: "A drops a page (user:a, user:a-done), B unregisters another mirror (user:b, user:b-done), C migrates a page with the device lock held across it (user:c, user:c-done)",
+    },
+    CastInfo {
+        name: "mirrors-sem-narrow",
+        about: "the same, C holding the device lock only to change what the device has",
+    },
+    CastInfo {
+        name: "range-unheld",
+        about: "a process is killed by K (user:kill, user:killed) in a fault of its device (user:fault), whose range does not hold its users",
+    },
+    CastInfo { name: "range-held", about: "the same, with a range that holds them" },
+    CastInfo {
+        name: "reclaim",
+        about: "T unregisters a mirror (user:unregister) of a process that K kills (user:kill) and whose memory K reaps (user:reaped) until all is gone (user:over)",
+    },
 ];
 
 /// How far a workload goes.

@@ -113,6 +113,65 @@ pub struct Migrate {
 /// `HMM_VGPU_UNBIND` (nr 5, no argument): unregisters the context, as close does. ENXIO if not bound.
 pub const NR_UNBIND: u8 = 5;
 
+/// Policies of the driver's mirror layer, as [`Layer::policy`] has them.
+pub mod policy {
+    /// The driver's backend is another.
+    pub const NONE: u64 = 0;
+    /// Release drops the semaphore around each callback.
+    pub const DROP_LOCK: u64 = 1;
+    /// Release holds it for reading.
+    pub const READ_HELD: u64 = 2;
+    /// The list is walked under SRCU.
+    pub const SRCU: u64 = 3;
+    /// The same, and unregister does not wait.
+    pub const SRCU_NOWAIT: u64 = 4;
+}
+
+/// `HMM_VGPU_LAYER` (nr 32, read): what the mirror layer has counted since the driver was loaded; all zero on another backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Layer {
+    /// One of [`policy`].
+    pub policy: u64,
+    /// Mirrors registered.
+    pub registered: u64,
+    /// Mirrors unregistered.
+    pub unregistered: u64,
+    /// Release callbacks called.
+    pub releases: u64,
+    /// Of these, not the first of their mirror.
+    pub releases_again: u64,
+    /// Invalidations refused because they must not sleep.
+    pub refused: u64,
+}
+
+/// What [`Act::op`] may be.
+pub mod act {
+    /// Migrate the page at `addr` to another page, the device lock held around all of it.
+    pub const MIGRATE_WIDE: u32 = 1;
+    /// The same, the device lock held for the device's mapping only.
+    pub const MIGRATE_NARROW: u32 = 2;
+    /// At release, wait for work that unmaps the file `fd` everywhere.
+    pub const RELEASE_WAITS: u32 = 3;
+    /// At release, unregister the mirror from within its callback.
+    pub const RELEASE_UNREGISTERS: u32 = 4;
+    /// Let the address space's users go while a fault's range is registered.
+    pub const RANGE_UNHELD: u32 = 5;
+}
+
+/// `HMM_VGPU_ACT` (nr 33, write): has the driver do what a scenario is about. ENOTTY if its backend cannot, ENXIO if not bound,
+/// EPERM from another address space, EBUSY if the page could not be migrated.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Act {
+    /// One of [`act`].
+    pub op: u32,
+    /// By op.
+    pub fd: i32,
+    /// By op.
+    pub addr: u64,
+}
+
 /// `HMM_WITNESS_ASSOCIATE` (nr 1, write): the caller's address space is mirrored by this context. ESRCH if the witness has seen no notifier for it.
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

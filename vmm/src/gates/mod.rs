@@ -20,6 +20,20 @@ use script::Scenario;
 const BUILT_IN: &[(&str, &str)] = &[
     ("fault-under-invalidate", include_str!("scenarios/fault-under-invalidate.toml")),
     ("invalidate-under-fault", include_str!("scenarios/invalidate-under-fault.toml")),
+    ("release-unregister-race", include_str!("scenarios/release-unregister-race.toml")),
+    ("mirrors-sem-deadlock", include_str!("scenarios/mirrors-sem-deadlock.toml")),
+    ("mirrors-sem-no-writer", include_str!("scenarios/mirrors-sem-no-writer.toml")),
+    ("mirrors-sem-narrow", include_str!("scenarios/mirrors-sem-narrow.toml")),
+    ("release-waits-for-invalidate", include_str!("scenarios/release-waits-for-invalidate.toml")),
+    (
+        "release-waits-for-invalidate-writer",
+        include_str!("scenarios/release-waits-for-invalidate-writer.toml"),
+    ),
+    ("unregister-in-release", include_str!("scenarios/unregister-in-release.toml")),
+    ("release-once", include_str!("scenarios/release-once.toml")),
+    ("range-outlives-release", include_str!("scenarios/range-outlives-release.toml")),
+    ("range-holds-mm", include_str!("scenarios/range-holds-mm.toml")),
+    ("reclaim-under-invalidate", include_str!("scenarios/reclaim-under-invalidate.toml")),
 ];
 
 /// The names of all scenarios.

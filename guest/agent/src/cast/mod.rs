@@ -5,6 +5,7 @@
 //! how long, is the scenario's to say; without gates it must still come to its end, and check what it can.
 
 mod fault;
+mod seed;
 
 use std::time::{Duration, Instant};
 
@@ -50,6 +51,15 @@ struct Cast {
 const ALL: &[Cast] = &[
     Cast { name: "fault-and-drop", play: fault::and_drop },
     Cast { name: "drop-and-fault", play: fault::after_drop },
+    Cast { name: "release-unregister", play: seed::release_unregister },
+    Cast { name: "release-once", play: seed::release_once },
+    Cast { name: "release-waits", play: seed::release_waits },
+    Cast { name: "unregister-in-release", play: seed::unregister_in_release },
+    Cast { name: "mirrors-sem", play: seed::mirrors_sem },
+    Cast { name: "mirrors-sem-narrow", play: seed::mirrors_sem_narrow },
+    Cast { name: "range-unheld", play: seed::range_unheld },
+    Cast { name: "range-held", play: seed::range_held },
+    Cast { name: "reclaim", play: seed::reclaim },
 ];
 
 /// The names of all casts.

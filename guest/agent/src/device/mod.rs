@@ -9,7 +9,7 @@ pub(crate) mod real;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use vgpu_spec::uapi::{Query, Submit, Wait};
+use vgpu_spec::uapi::{Act, Layer, Query, Submit, Wait};
 
 /// Something that gives files of the driver.
 pub(crate) trait Device: Sync {
@@ -33,6 +33,10 @@ pub(crate) trait DeviceFile: Send + Sync {
     fn query(&self) -> Result<Query, Errno>;
     /// UNBIND.
     fn unbind(&self) -> Result<(), Errno>;
+    /// LAYER.
+    fn layer(&self) -> Result<Layer, Errno>;
+    /// ACT.
+    fn act(&self, act: &Act) -> Result<(), Errno>;
     /// Another descriptor of the same open file.
     fn duplicate(&self) -> Result<Box<dyn DeviceFile>, Errno>;
     /// Whether the descriptor outlives an exec.

@@ -18,7 +18,7 @@ use vgpu_spec::job::{
     FLAG_WRITE, JOB_BAD, JOB_FAULT, JOB_KILLED, JOB_OK, OP_ATOMIC_ADD, OP_CHECK, OP_COMPARE, OP_COPY,
     OP_FILL, OP_RANDOM, OP_STRIDED, random_index,
 };
-use vgpu_spec::uapi::{Query, Submit, Wait};
+use vgpu_spec::uapi::{Act, Layer, Query, Submit, Wait};
 
 use super::{Device, DeviceFile};
 use crate::memory::{HUGE, PAGE, Pattern, peek};
@@ -178,6 +178,14 @@ impl DeviceFile for File {
 
     fn unbind(&self) -> Result<(), Errno> {
         self.open()?.unbind()
+    }
+
+    fn layer(&self) -> Result<Layer, Errno> {
+        self.open().map(|_| Layer::default())
+    }
+
+    fn act(&self, _: &Act) -> Result<(), Errno> {
+        self.open().and(Err(Errno::ENOTTY))
     }
 
     fn duplicate(&self) -> Result<Box<dyn DeviceFile>, Errno> {

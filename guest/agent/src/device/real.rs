@@ -10,8 +10,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
 use nix::sys::stat::Mode;
 use vgpu_spec::uapi::{
-    Associate, Bind, DRIVER_DEVICE, DRIVER_MAGIC, Migrate, NR_UNBIND, Query, Submit, WITNESS_DEVICE,
-    WITNESS_MAGIC, Wait,
+    Act, Associate, Bind, DRIVER_DEVICE, DRIVER_MAGIC, Layer, Migrate, NR_UNBIND, Query, Submit,
+    WITNESS_DEVICE, WITNESS_MAGIC, Wait,
 };
 
 use super::{Device, DeviceFile};
@@ -23,6 +23,8 @@ nix::ioctl_read!(ioctl_query, DRIVER_MAGIC, 4, Query);
 nix::ioctl_readwrite!(ioctl_to_device, DRIVER_MAGIC, 6, Migrate);
 nix::ioctl_readwrite!(ioctl_to_system, DRIVER_MAGIC, 7, Migrate);
 nix::ioctl_none!(ioctl_unbind, DRIVER_MAGIC, NR_UNBIND);
+nix::ioctl_read!(ioctl_layer, DRIVER_MAGIC, 32, Layer);
+nix::ioctl_write_ptr!(ioctl_act, DRIVER_MAGIC, 33, Act);
 nix::ioctl_write_ptr!(ioctl_associate, WITNESS_MAGIC, 1, Associate);
 
 /// Opens a device node.
@@ -110,6 +112,18 @@ impl DeviceFile for NodeFile {
     fn unbind(&self) -> Result<(), Errno> {
         // SAFETY: see above; no argument.
         unsafe { ioctl_unbind(self.raw()?) }.map(drop)
+    }
+
+    fn layer(&self) -> Result<Layer, Errno> {
+        let mut layer = Layer::default();
+        // SAFETY: see above.
+        unsafe { ioctl_layer(self.raw()?, &mut layer) }?;
+        Ok(layer)
+    }
+
+    fn act(&self, act: &Act) -> Result<(), Errno> {
+        // SAFETY: see above.
+        unsafe { ioctl_act(self.raw()?, act) }.map(drop)
     }
 
     fn duplicate(&self) -> Result<Box<dyn DeviceFile>, Errno> {
