@@ -10,41 +10,20 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use hmm_testbench::machine::kvm::{self, KvmOptions};
-use hmm_testbench::machine::{Accel, Machine, MachineConfig, MachineExit};
+use hmm_testbench::machine::{Accel, FunctionSlot, Machine, MachineConfig, MachineExit, small};
+use hmm_testbench::runner::device::{Device, GPU};
+use vgpu::gpu::GpuConfig;
+use vgpu::witness::GuestSink;
+use vgpu_spec::witness::Record;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Where the guest's code is, and begins.
-const CODE: u32 = 0x10_0000;
 
 type Console = Arc<Mutex<Vec<u8>>>;
 
-/// An ELF image with a PVH note and 32-bit `code`.
+/// A file with `code` as a kernel.
 fn image(code: &[u8]) -> tempfile::NamedTempFile {
-    const NOTE: u64 = 64 + 2 * 56;
-    const NOTE_BYTES: u64 = 20;
-    let begin = NOTE + NOTE_BYTES;
-    let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
-    bytes.resize(16, 0);
-    let half = |bytes: &mut Vec<u8>, words: &[u16]| words.iter().for_each(|w| bytes.extend(w.to_le_bytes()));
-    let word = |bytes: &mut Vec<u8>, words: &[u32]| words.iter().for_each(|w| bytes.extend(w.to_le_bytes()));
-    let long = |bytes: &mut Vec<u8>, words: &[u64]| words.iter().for_each(|w| bytes.extend(w.to_le_bytes()));
-    half(&mut bytes, &[2, 62]);
-    word(&mut bytes, &[1]);
-    long(&mut bytes, &[CODE.into(), 64, 0]);
-    word(&mut bytes, &[0]);
-    half(&mut bytes, &[64, 56, 2, 0, 0, 0]);
-    for (kind, offset, at, length) in
-        [(1, begin, u64::from(CODE), code.len() as u64), (4, NOTE, 0, NOTE_BYTES)]
-    {
-        word(&mut bytes, &[kind, 5]);
-        long(&mut bytes, &[offset, at, at, length, length, 4]);
-    }
-    word(&mut bytes, &[4, 4, 18]);
-    bytes.extend(b"Xen\0");
-    word(&mut bytes, &[CODE]);
-    bytes.extend(code);
     let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
-    file.write_all(&bytes).expect("room for the image");
+    file.write_all(&small::image(code)).expect("room for the image");
     file
 }
 
@@ -59,6 +38,10 @@ fn say(text: &str) -> Vec<u8> {
 }
 
 fn start(code: &[u8], cpus: u32) -> (Box<dyn Machine>, Console) {
+    start_with(code, cpus, Vec::new())
+}
+
+fn start_with(code: &[u8], cpus: u32, functions: Vec<FunctionSlot>) -> (Box<dyn Machine>, Console) {
     let kernel = image(code);
     let console = Console::default();
     let sink = Arc::clone(&console);
@@ -69,7 +52,7 @@ fn start(code: &[u8], cpus: u32) -> (Box<dyn Machine>, Console) {
         cpus,
         memory_bytes: 64 << 20,
         accel: Accel::Kvm,
-        functions: Vec::new(),
+        functions,
         console: Box::new(move |bytes| sink.lock().expect("the console").extend_from_slice(bytes)),
         interactive: false,
     };
@@ -79,6 +62,69 @@ fn start(code: &[u8], cpus: u32) -> (Box<dyn Machine>, Console) {
 
 fn heard(console: &Console) -> String {
     String::from_utf8_lossy(&console.lock().expect("the console")).into_owned()
+}
+
+struct Deaf;
+
+impl GuestSink for Deaf {
+    fn message(&self, _: &[u8]) {}
+    fn heartbeat(&self, _: u64, _: u64) {}
+    fn hello(&self, _: &Record) {}
+}
+
+/// Looks at the first function's identity for ever, and says `i` when it comes, `o` when it goes.
+#[rustfmt::skip]
+const LOOKS: &[u8] = &[
+    0xb8, 0x00, 0x20, 0x00, 0x80, // mov eax, 0x80002000     slot 4
+    0xba, 0xf8, 0x0c, 0x00, 0x00, // mov edx, 0xcf8
+    0xef,                         // out dx, eax
+    0xba, 0xfc, 0x0c, 0x00, 0x00, // mov edx, 0xcfc
+    0xed,                         // in eax, dx
+    0x39, 0xd8,                   // cmp eax, ebx
+    0x74, 0xeb,                   // je, to the start
+    0x89, 0xc3,                   // mov ebx, eax
+    0x83, 0xf8, 0xff,             // cmp eax, -1
+    0xb0, b'i',                   // mov al, 'i'
+    0x75, 0x02,                   // jne +2
+    0xb0, b'o',                   // mov al, 'o'
+    0xba, 0xf8, 0x03, 0x00, 0x00, // mov edx, 0x3f8
+    0xee,                         // out dx, al
+    0xb0, 0x0a,                   // mov al, 10
+    0xee,                         // out dx, al
+    0xeb, 0xd5,                   // jmp, to the start
+];
+
+/// A function is pulled out and put back in.
+fn plugging() {
+    let size = GpuConfig::default();
+    let device = Device::new(Device::oracle(true, &size), size, Arc::new(Deaf)).expect("a device");
+    let (mut machine, console) = start_with(LOOKS, 1, device.functions());
+    let wait_for = |said: &str| {
+        let until = Instant::now() + PATIENCE;
+        while heard(&console) != said {
+            assert!(Instant::now() < until, "{:?} instead of {said:?}", heard(&console));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let refused = |result: hmm_testbench::failure::Result<()>, why: &str| {
+        let failure = result.expect_err(why);
+        assert!(failure.to_string().contains(why), "{failure}");
+    };
+    wait_for("i\n");
+    refused(machine.plug(GPU), "is there already");
+    refused(machine.unplug("other"), "no function other");
+    let memory = device.functions()[0].memory.clone();
+    assert!(memory.snapshot().check(0x10_0000, 4096, true).is_ok());
+    machine.unplug(GPU).unwrap_or_else(|failure| panic!("{failure}"));
+    assert!(memory.snapshot().check(0x10_0000, 4096, true).is_err(), "it still reaches memory");
+    wait_for("i\no\n");
+    refused(machine.unplug(GPU), "not in the machine");
+    machine.plug(GPU).unwrap_or_else(|failure| panic!("{failure}"));
+    assert!(memory.snapshot().check(0x10_0000, 4096, true).is_ok());
+    wait_for("i\no\ni\n");
+    machine.unplug(GPU).unwrap_or_else(|failure| panic!("{failure}"));
+    machine.kill();
+    refused(machine.plug(GPU), "has ended");
 }
 
 fn died(exit: Option<MachineExit>) -> String {
@@ -170,6 +216,8 @@ fn small_guests() {
         assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
         assert_eq!(died(machine.wait(Duration::ZERO)), "killed");
     }
+
+    plugging();
 
     // Dropping a machine ends it.
     drop(start(&[0xeb, 0xfe], 2));

@@ -4,6 +4,8 @@
 pub mod kvm;
 pub mod probe;
 pub mod qemu;
+#[doc(hidden)]
+pub mod small;
 mod terminal;
 pub mod vfio_user;
 
@@ -17,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use vgpu::function::{Function, InterruptSwitch};
 use vgpu::memory::SystemMemory;
 
-use crate::failure::Result;
+use crate::failure::{Failure, Result};
 
 /// How the guest's instructions are run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +41,7 @@ impl fmt::Display for Accel {
 }
 
 /// A PCI function and what connects it to the machine.
+#[derive(Clone)]
 pub struct FunctionSlot {
     /// Unique in the machine; letters, digits and hyphens.
     pub name: &'static str,
@@ -99,6 +102,21 @@ pub trait Machine: Send {
     fn kill(&mut self);
     /// Sends every processor a non-maskable interrupt, so that a hung guest shows its stacks.
     fn nmi(&mut self) -> Result<()>;
+    /// Takes a function away at once, as pulling a card out does: nobody in the guest is asked, and who looks finds nothing there.
+    /// It reaches neither memory nor processors any more when this returns, and has lost its state.
+    ///
+    /// # Errors
+    /// If there is no such function in the machine, or the machine's functions stay where they are.
+    fn unplug(&mut self, function: &str) -> Result<()> {
+        Err(Failure::usage(format!("{function} cannot be pulled out of this machine")))
+    }
+    /// Puts it back, as after power-on. The guest is told that something has changed, as it is after [`Self::unplug`].
+    ///
+    /// # Errors
+    /// As [`Self::unplug`], or if it is there.
+    fn plug(&mut self, function: &str) -> Result<()> {
+        Err(Failure::usage(format!("{function} cannot be put into this machine")))
+    }
     /// The process it runs in, if it is one of its own.
     fn pid(&self) -> Option<u32>;
 }

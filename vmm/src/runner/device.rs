@@ -20,6 +20,9 @@ use crate::gates::engine::Engine;
 use crate::machine::FunctionSlot;
 use crate::report::results::Counters;
 
+/// The GPU's name on a machine.
+pub const GPU: &str = "gpu";
+
 /// GPU, witness and oracle, connected to each other.
 pub struct Device {
     gpu: Arc<Gpu>,
@@ -77,7 +80,7 @@ impl Device {
     pub fn functions(&self) -> Vec<FunctionSlot> {
         vec![
             FunctionSlot {
-                name: "gpu",
+                name: GPU,
                 function: self.gpu.clone(),
                 memory: Arc::clone(&self.gpu_memory),
                 interrupts: Arc::clone(&self.gpu_interrupts),

@@ -2,10 +2,11 @@
 //! ACPI tables: a hardware-reduced platform, so that the guest looks for no old timers, no keyboard and no clock chip.
 
 use super::aml::{
-    Table, device, edge_interrupt, eisa, fixed_memory, list, name, number, port, ports, resources,
-    root_pointer, string, window,
+    Table, device, edge_interrupt, eisa, fixed_memory, inner_device, list, method, name, notify, number,
+    port, ports, resources, root_pointer, string, window,
 };
 use super::layout::{ACPI, ACPI_BYTES, ECAM, IOAPIC, LOCAL_APIC, Layout, MMIO32};
+use super::pci::FIRST_SLOT;
 use super::ports::{COM1, COM1_IRQ, RESET, RESET_VALUE, SLEEP, SLEEP_OFF};
 
 // Of the fixed table.
@@ -16,6 +17,13 @@ const FLAG_RESET_REGISTER: u32 = 1 << 10;
 const FLAG_HARDWARE_REDUCED: u32 = 1 << 20;
 const BOOT_NO_VGA: u16 = 1 << 2;
 const BOOT_NO_CLOCK: u16 = 1 << 5;
+
+/// Slots from [`FIRST_SLOT`] on whose functions come and go.
+const SLOTS: u8 = 4;
+/// The line by which the guest hears that a function has come or gone.
+pub(super) const PLUG_LINE: u32 = 16;
+/// That a bus is to be looked through again.
+const BUS_CHECK: u32 = 0;
 
 /// The tables as they lie in memory from [`ACPI`] on; the first is the root pointer.
 pub(super) fn tables(layout: &Layout, cpus: u32) -> Option<Vec<u8>> {
@@ -105,16 +113,30 @@ fn dsdt(layout: &Layout) -> Vec<u8> {
     let high = layout.windows.iter().filter(|window| **window != MMIO32);
     windows.extend(high.map(|place| window(8, MEMORY, WRITABLE, place.start, place.end)));
     let mut table = table(*b"DSDT", 6);
+    let mut bridge = vec![
+        name(*b"_HID", &eisa(*b"PNP0A08")),
+        name(*b"_CID", &eisa(*b"PNP0A03")),
+        name(*b"_ADR", &zero),
+        name(*b"_SEG", &zero),
+        name(*b"_UID", &zero),
+        name(*b"_BBN", &zero),
+        name(*b"_CRS", &resources(&windows)),
+    ];
+    // The guest looks only into slots that are named, when it is told to look. They need no method: that configuration space
+    // answers is how it sees whether somebody is there.
+    bridge.extend((FIRST_SLOT..FIRST_SLOT + SLOTS).map(|slot| {
+        let called = [b'S', b'L', b'0' + slot / 10, b'0' + slot % 10];
+        inner_device(called, &[name(*b"_ADR", &number(u32::from(slot) << 16))])
+    }));
+    table.push(&device(*b"PCI0", &bridge));
+    // Its interrupt means that a function has come or gone.
     table.push(&device(
-        *b"PCI0",
+        *b"GED0",
         &[
-            name(*b"_HID", &eisa(*b"PNP0A08")),
-            name(*b"_CID", &eisa(*b"PNP0A03")),
-            name(*b"_ADR", &zero),
-            name(*b"_SEG", &zero),
+            name(*b"_HID", &string("ACPI0013")),
             name(*b"_UID", &zero),
-            name(*b"_BBN", &zero),
-            name(*b"_CRS", &resources(&windows)),
+            name(*b"_CRS", &resources(&[edge_interrupt(PLUG_LINE)])),
+            method(*b"_EVT", 1, &notify(*b"PCI0", BUS_CHECK)),
         ],
     ));
     // Memory-mapped configuration space, reserved once more for kernels that do not believe the memory map.

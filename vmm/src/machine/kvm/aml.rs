@@ -124,6 +124,23 @@ pub(super) fn device(called: [u8; 4], names: &[Vec<u8>]) -> Vec<u8> {
     [&[0x5b, 0x82][..], &package(&body)].concat()
 }
 
+/// A device inside of another one, with its names.
+pub(super) fn inner_device(called: [u8; 4], names: &[Vec<u8>]) -> Vec<u8> {
+    let body = [&called[..], &names.concat()].concat();
+    [&[0x5b, 0x82][..], &package(&body)].concat()
+}
+
+/// A method with so many arguments (20.2.5.2).
+pub(super) fn method(called: [u8; 4], arguments: u8, body: &[u8]) -> Vec<u8> {
+    let body = [&called[..], &[arguments], body].concat();
+    [&[0x14][..], &package(&body)].concat()
+}
+
+/// Tells whoever drives a device below the system bus that something has happened to it (20.2.5.3).
+pub(super) fn notify(device: [u8; 4], what: u32) -> Vec<u8> {
+    [&b"\x86\x5c\x2e_SB_"[..], &device, &number(what)].concat()
+}
+
 /// Resources, with the tag that ends them (6.4).
 pub(super) fn resources(descriptors: &[Vec<u8>]) -> Vec<u8> {
     let bytes = [&descriptors.concat()[..], &[0x79, 0]].concat();

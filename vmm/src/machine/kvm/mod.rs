@@ -48,7 +48,8 @@
 //! # Register writes and doorbells
 //!
 //! Every register write is carried out on the processor's thread. An ioeventfd would let the processor go on earlier, but it
-//! carries no value, and each doorbell of the device has one (the ring's new end). So none is registered.
+//! carries no value, and each doorbell of the device has one (the ring's new end). So none is registered, but for measuring what
+//! it would save ([`KvmOptions::sink`]): docs/decisions/0009-no-ioeventfd.md.
 
 mod acpi;
 mod aml;
@@ -72,17 +73,18 @@ mod vfio_host;
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, KVM_PIT_SPEAKER_DUMMY, kvm_msi, kvm_pit_config};
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use nix::libc::{EFD_CLOEXEC, c_int, c_void, siginfo_t};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use self::acpi::PLUG_LINE;
 use self::boot::Entry;
 use self::irq::Routes;
 use self::layout::{LOCAL_APIC, Layout};
@@ -96,7 +98,7 @@ use self::serial::{Queue, Serial};
 use self::vcpu::{Ending, Shared, Vcpu};
 pub use self::vfio_host::Bdf;
 use super::terminal::Terminal;
-use super::{Accel, Machine, MachineConfig, MachineExit};
+use super::{Accel, FunctionSlot, Machine, MachineConfig, MachineExit};
 use crate::failure::{Failure, Result};
 
 /// Processors at most.
@@ -118,11 +120,13 @@ pub struct KvmOptions {
     pub seccomp: bool,
     /// Devices of the host that the guest gets, in the slots behind those of the functions.
     pub vfio: Vec<Bdf>,
+    /// Writes to this guest-physical address end in the kernel, at an event file descriptor that nobody reads. For measuring only.
+    pub sink: Option<u64>,
 }
 
 impl Default for KvmOptions {
     fn default() -> Self {
-        Self { emulated_svm: false, seccomp: true, vfio: Vec::new() }
+        Self { emulated_svm: false, seccomp: true, vfio: Vec::new(), sink: None }
     }
 }
 
@@ -196,6 +200,15 @@ impl Board {
         Ok(event)
     }
 
+    /// Lets the kernel take writes to an address, for as long as the descriptor is open.
+    fn sink(&self, at: u64) -> Result<EventFd> {
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host_failure("a doorbell"))?;
+        self.vm
+            .register_ioevent(&event, &IoEventAddress::Mmio(at), NoDatamatch)
+            .map_err(kvm_failure("take a doorbell"))?;
+        Ok(event)
+    }
+
     fn processors(&self, entry: Entry, count: u32, emulated_svm: bool) -> Result<Vec<kvm_ioctls::VcpuFd>> {
         (0..count)
             .map(|index| {
@@ -221,6 +234,12 @@ pub struct KvmMachine {
     shared: Arc<Shared>,
     queue: Arc<Queue>,
     pci: Arc<PciBus>,
+    /// The functions of this process, on the bus or not.
+    functions: Vec<FunctionSlot>,
+    /// For functions that come later; the RAM ends with the machine, not with this.
+    ram: Weak<GuestRam>,
+    /// Tells the guest that a function has come or gone.
+    plugged: EventFd,
     /// The processors' threads, until they are collected.
     threads: Arc<Mutex<Vec<JoinHandle<()>>>>,
     terminal: Option<Terminal>,
@@ -256,6 +275,7 @@ impl KvmMachine {
         let entry = boot::load(&board.ram.map, &board.layout, &kernel, &mut initramfs, &cmdline)?;
         boot::write_gdt(&board.ram.map, &cpu::descriptors(entry))?;
         boot::write_firmware(&board.ram.map, &board.layout, cpus)?;
+        let sink = options.sink.map(|at| board.sink(at)).transpose()?;
         let queue = Arc::new(Queue::default());
         let serial = Serial::new(board.line(COM1_IRQ)?, Arc::clone(&queue));
         let emulated_svm = options.emulated_svm || cpu::host_is_translated();
@@ -268,15 +288,18 @@ impl KvmMachine {
             shared: Shared::new(cpus),
             queue: Arc::clone(&queue),
             pci: Arc::clone(&board.pci),
+            functions,
+            ram: Arc::downgrade(&board.ram),
+            plugged: board.line(PLUG_LINE)?,
             threads: Arc::default(),
             terminal: None,
             supervisor: None,
             cpus,
             registers: String::new(),
         };
-        for slot in functions {
+        for slot in &machine.functions {
             let name = slot.name;
-            board.pci.add(slot, &board.ram).map_err(host_failure(&format!("function {name}")))?;
+            board.pci.add(slot.clone(), &board.ram).map_err(host_failure(&format!("function {name}")))?;
         }
         let shared = Arc::clone(&machine.shared);
         let trouble: Arc<dyn Fn(String) + Send + Sync> = Arc::new(move |what| shared.end(Ending::Died(what)));
@@ -326,7 +349,7 @@ impl KvmMachine {
             board.pci.clear();
             drop(ports);
             helpers.end();
-            drop(board);
+            drop((sink, board));
             shared.set_ended();
         };
         machine.supervisor = Some(thread("kvm-machine", supervisor)?);
@@ -343,6 +366,15 @@ impl KvmMachine {
         }
         self.registers = self.shared.registers(true);
         &self.registers
+    }
+
+    fn function(&self, name: &str) -> Result<&FunctionSlot> {
+        let found = self.functions.iter().find(|slot| slot.name == name);
+        found.ok_or_else(|| Failure::usage(format!("this machine has no function {name}")))
+    }
+
+    fn tell_of_change(&self) -> Result<()> {
+        self.plugged.write(1).map_err(host_failure("an interrupt line"))
     }
 
     fn exit(&self, ending: Ending) -> MachineExit {
@@ -455,6 +487,25 @@ impl Machine for KvmMachine {
             })?;
         }
         Ok(())
+    }
+
+    fn unplug(&mut self, function: &str) -> Result<()> {
+        let slot = self.function(function)?;
+        if !self.pci.remove(slot.name) {
+            return Err(Failure::usage(format!("{function} is not in the machine")));
+        }
+        // It has no power any more. Its interrupts go nowhere.
+        let _ = slot.function.reset();
+        self.tell_of_change()
+    }
+
+    fn plug(&mut self, function: &str) -> Result<()> {
+        let slot = self.function(function)?.clone();
+        let ram = self.ram.upgrade().ok_or_else(|| Failure::inconclusive("the machine has ended"))?;
+        // An access that was under way when it was pulled out may have reached it since.
+        let _ = slot.function.reset();
+        self.pci.add(slot, &ram).map_err(host_failure(&format!("function {function}")))?;
+        self.tell_of_change()
     }
 
     fn pid(&self) -> Option<u32> {

@@ -27,7 +27,7 @@ use super::msi::{Capabilities, MsiSetup};
 use crate::machine::FunctionSlot;
 
 /// Slot of the first function, as on QEMU, so that addresses in guests' messages are the same.
-const FIRST_SLOT: u8 = 4;
+pub(super) const FIRST_SLOT: u8 = 4;
 /// Slots of a bus.
 const SLOTS: u8 = 32;
 /// Bytes of one configuration space.
@@ -165,6 +165,21 @@ struct State {
     devices: BTreeMap<u8, Arc<Device>>,
     /// The register that selects what the configuration ports reach.
     address: u32,
+    /// Nothing comes any more.
+    closed: bool,
+}
+
+impl State {
+    /// Whether a function of this name may come.
+    fn takes(&self, name: &str) -> io::Result<()> {
+        if self.closed {
+            return Err(io::Error::other("the machine has ended"));
+        }
+        if self.devices.values().any(|other| other.name == name) {
+            return Err(io::Error::other(format!("{name} is there already")));
+        }
+        Ok(())
+    }
 }
 
 /// The bus.
@@ -180,7 +195,7 @@ pub(super) struct PciBus {
 
 impl PciBus {
     pub(super) fn new(host: Arc<dyn Host>, layout: Layout, slots: Arc<Slots>, routes: Arc<Routes>) -> Self {
-        let state = Mutex::new(State { devices: BTreeMap::new(), address: 0 });
+        let state = Mutex::new(State { devices: BTreeMap::new(), address: 0, closed: false });
         Self { host, layout, slots, routes, state, regions: ArcSwap::default() }
     }
 
@@ -188,6 +203,7 @@ impl PciBus {
     pub(super) fn add(&self, slot: FunctionSlot, ram: &GuestRam) -> io::Result<u8> {
         let FunctionSlot { name, function, memory, interrupts } = slot;
         let mut state = self.state.lock();
+        state.takes(name)?;
         let shared = |device: &Arc<Device>| {
             device.connection.as_ref().is_some_and(|(other, _)| Arc::ptr_eq(other, &memory))
         };
@@ -241,9 +257,7 @@ impl PciBus {
 
     fn insert(&self, state: &mut State, device: Device) -> io::Result<u8> {
         let name = &device.name;
-        if state.devices.values().any(|other| other.name == *name) {
-            return Err(io::Error::other(format!("{name} is there already")));
-        }
+        state.takes(name)?;
         for bar in &device.bars {
             if !bar.bytes.is_power_of_two() || bar.index > 5 {
                 return Err(io::Error::other(format!("BAR {} of {name} has no possible shape", bar.index)));
@@ -281,9 +295,12 @@ impl PciBus {
         true
     }
 
-    /// Takes all functions away.
+    /// Takes all functions away, for good.
     pub(super) fn clear(&self) {
-        let names: Vec<_> = self.state.lock().devices.values().map(|device| device.name.clone()).collect();
+        let mut state = self.state.lock();
+        state.closed = true;
+        let names: Vec<_> = state.devices.values().map(|device| device.name.clone()).collect();
+        drop(state);
         for name in names {
             self.remove(&name);
         }

@@ -8,9 +8,12 @@ use vgpu::function::InterruptSink;
 
 use super::super::host::Message;
 use super::super::layout::ECAM;
+use super::super::memory::GuestRam;
 use super::super::rig::{
     BAR0 as BAR0_BYTES, BAR2 as BAR2_BYTES, FakeHost, Rig, accesses_for_fuzzing, serial_for_fuzzing,
 };
+
+use crate::machine::FunctionSlot;
 
 const ONE: u64 = ECAM.start + (4 << 15);
 const TWO: u64 = ECAM.start + (5 << 15);
@@ -173,6 +176,15 @@ fn nothing_is_left_of_a_function_that_was_taken_away() {
     rig.switches[0].raise(0);
     assert_eq!(rig.host.connected.lock().len(), 3, "only the other's vectors");
     rig.ports.pci.clear();
+    let rest = FunctionSlot {
+        name: "three",
+        function: rig.functions[0].clone(),
+        memory: rig.memories[0].clone(),
+        interrupts: rig.switches[0].clone(),
+    };
+    let ram = GuestRam::new(&rig.layout).unwrap();
+    assert!(rig.ports.pci.add(rest, &ram).is_err(), "something came after the end");
+    assert!(rig.memories[0].snapshot().check(0, 4096, false).is_err());
     assert_eq!((rig.host.connected.lock().len(), rig.host.routes.lock().len()), (0, 0));
     assert_eq!(*rig.host.complaint.lock(), None);
 }
