@@ -7,7 +7,9 @@ mod boot;
 mod device;
 mod figure;
 mod guest;
+pub(crate) mod nested;
 mod rig;
+mod start;
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -20,7 +22,7 @@ use figure::Figure;
 
 /// Names of the benchmarks, in the order in which they are run.
 pub const BENCHMARKS: &[&str] =
-    &["bandwidth", "registers", "tables", "invalidate", "faults", "boot", "oracle"];
+    &["bandwidth", "registers", "tables", "invalidate", "faults", "boot", "nested", "oracle"];
 /// Those whose figures come from one run of the guest's workload.
 const IN_GUEST: &[&str] = &["registers", "tables", "invalidate", "faults"];
 
@@ -96,6 +98,12 @@ impl Bench<'_> {
             self.one("boot: our machine and QEMU by hand, in turns", |bench| {
                 let events = bench.events.clone().unwrap_or_else(|| Arc::new(|_: Event| ()));
                 boot::boot(events, &|text| bench.note(text), bench.interrupted).map(Measured::all)
+            });
+        }
+        if wanted.contains(&"nested") {
+            self.one("nested: the native machine and QEMU with KVM, in turns in one outer guest", |bench| {
+                let events = bench.events.clone().unwrap_or_else(|| Arc::new(|_: Event| ()));
+                nested::nested(events, bench.interrupted).map(Measured::all)
             });
         }
         if wanted.contains(&"oracle") {

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::frame::Frame;
-use super::image;
 use super::outside::{BOOT, LAST_WORDS, OuterConsole, SILENCE, start_outer};
+use super::{Errand, image};
 use crate::failure::{Failure, Result};
 use crate::machine::{ConsoleSink, Machine, MachineConfig, MachineExit};
 use crate::provision::Kernel;
@@ -44,7 +44,7 @@ impl Outer {
         machine: MachineConfig,
     ) -> Result<Box<dyn Machine>> {
         let MachineConfig { mut initramfs, functions, console, .. } = machine;
-        let image = image::build(config, parts, &self.kernel, &mut initramfs, parts.qemu()?)?;
+        let image = image::build(Errand::Run, config, parts, &self.kernel, &mut initramfs, parts.qemu()?)?;
         drop(initramfs);
         let trouble = |error: std::io::Error| Failure::environment(format!("no line: {error}"));
         let (line, theirs) = UnixStream::pair().map_err(trouble)?;

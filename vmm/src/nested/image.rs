@@ -10,7 +10,7 @@ use object::elf::{FileHeader64, PT_LOAD};
 use object::read::elf::{FileHeader, ProgramHeader};
 use object::{Endianness, elf};
 
-use super::{InsideQemu, Order, place};
+use super::{Errand, InsideQemu, Order, place};
 use crate::cli::MachineName;
 use crate::failure::{Failure, Result};
 use crate::initramfs::Initramfs;
@@ -44,6 +44,7 @@ pub(crate) struct Image {
 
 /// Puts it together. `inner` are the inner guest's files, as [`crate::runner::parts::initramfs`] has made them.
 pub(crate) fn build(
+    errand: Errand,
     config: &RunConfig,
     parts: &Parts,
     outer: &Kernel,
@@ -69,6 +70,7 @@ pub(crate) fn build(
         MachineName::Kvm => None,
     };
     let order = Order {
+        errand,
         config: absolute(config),
         kernel_name: parts.kernel.name.clone(),
         kernel_release: parts.kernel.release.clone(),

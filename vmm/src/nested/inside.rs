@@ -18,14 +18,15 @@ use nix::sys::reboot::{RebootMode, reboot};
 use parking_lot::Mutex;
 
 use super::frame::{Frame, Hello, InnerEvent, MAX_LOG, VERSION};
-use super::{Order, PORT, place};
+use super::{Errand, Order, PORT, place};
+use crate::bench;
 use crate::cli::vfio::Vfio;
 use crate::event::{Event, EventSink};
 use crate::failure::{Failure, Result};
 use crate::machine::kvm::{self, KvmOptions};
 use crate::machine::{MachineConfig, MachineExit};
 use crate::provision::{Kernel, Modules, QemuProgram};
-use crate::report::results::Results;
+use crate::report::results::{Results, Verdict};
 use crate::runner;
 use crate::runner::parts::Parts;
 use crate::runner::{accel, plan};
@@ -124,12 +125,20 @@ fn make(line: &Arc<Line>, interrupted: &AtomicBool, nmi: &AtomicBool) -> Result<
         });
         return Ok(Frame::Exit(Box::new(exit)));
     }
-    let made = carry_out(&order, line, interrupted);
+    let made = match order.errand {
+        Errand::Run => carry_out(&order, line, interrupted),
+        Errand::Measure => measure(&order, line, interrupted),
+    };
     let results = made.unwrap_or_else(|failure| runner::not_made(&order.config, &failure));
     Ok(Frame::Results(Box::new(results)))
 }
 
 fn prepare(order: &Order) -> Result<()> {
+    // A guest's first touch of a page leaves it, which costs a hundred microseconds on this processor: so large pages. And where
+    // devices are handed over, each piece of memory that the IOMMU knows is a message of QEMU's to the functions' server: large
+    // pages make that hundreds of them, not hundreds of thousands.
+    fs::write(HUGE_FILES, "always")
+        .map_err(|error| Failure::environment(format!("cannot write {HUGE_FILES}: {error}")))?;
     for module in &order.modules {
         load(module)?;
     }
@@ -142,10 +151,6 @@ fn prepare(order: &Order) -> Result<()> {
 /// Runs the machine of a run that the host makes: its functions are the outer guest's devices.
 fn carry(order: &Order, line: &Arc<Line>, interrupted: &AtomicBool, nmi: &AtomicBool) -> Result<MachineExit> {
     prepare(order)?;
-    // Each piece of memory that the IOMMU knows is a message of QEMU's to the functions' server. Large pages make that hundreds
-    // of them, not hundreds of thousands.
-    fs::write(HUGE_FILES, "always")
-        .map_err(|error| Failure::environment(format!("cannot write {HUGE_FILES}: {error}")))?;
     let accel = accel::choose_inside()?.accel;
     let config = &order.config;
     let parts = parts(order);
@@ -191,6 +196,16 @@ fn carry_out(order: &Order, line: &Arc<Line>, interrupted: &AtomicBool) -> Resul
     // All of the log is on the line before the results are. Its writing end went with the run.
     let _ = copier.join();
     Ok(outcome.results)
+}
+
+/// Makes no run, but measures. That all was measured is the verdict.
+fn measure(order: &Order, line: &Arc<Line>, interrupted: &AtomicBool) -> Result<Results> {
+    prepare(order)?;
+    line.event(Event::Note { text: accel::choose_inside()?.reason });
+    bench::nested::inside::measure(&order.config, &parts(order), line.as_ref(), interrupted)?;
+    let mut results = runner::blank(&order.config);
+    (results.verdict, results.exit_status) = (Verdict::Clean, 0);
+    Ok(results)
 }
 
 /// The parts as they lie here. Agent and modules are in the initramfs already.

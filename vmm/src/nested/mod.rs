@@ -46,9 +46,20 @@ pub(crate) mod place {
     pub(crate) const QEMU: &str = "/testbench/qemu";
 }
 
+/// What the inside is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Errand {
+    /// To make the run, or to carry it.
+    Run,
+    /// To measure: `bench nested`.
+    Measure,
+}
+
 /// What the inside is to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Order {
+    /// What it is for.
+    pub errand: Errand,
     /// The run. Its paths are absolute and mean the outside's files: they are for replay commands only.
     pub config: RunConfig,
     /// The kernel as it was asked for.

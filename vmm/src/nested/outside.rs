@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use vgpu::gpu::GpuConfig;
 
 use super::frame::{Frame, Hello, InnerEvent, VERSION};
 use super::image::{self, Image};
-use super::{COMMAND, PORT};
+use super::{COMMAND, Errand, PORT};
 use crate::cli::DEFAULT_KERNEL;
 use crate::console::{Console, Item};
 use crate::event::{Event, EventSink};
@@ -69,6 +69,10 @@ pub(crate) struct Outside<'a> {
     pub interrupted: &'a AtomicBool,
     /// The folder of `--out`.
     pub out: Option<&'a OutDir>,
+    /// What the inside is for.
+    pub errand: Errand,
+    /// Gets the outer guest's process.
+    pub outer: &'a AtomicU32,
 }
 
 /// What reaches the one thread that follows the outer guest.
@@ -84,7 +88,8 @@ impl Outside<'_> {
     pub(crate) fn run(&self, mut inner: File, results: &mut Results) -> Result<()> {
         let kernel = outer_kernel(self.parts, self.events)?;
         let begin = Instant::now();
-        let image = image::build(self.config, self.parts, &kernel, &mut inner, self.parts.qemu()?)?;
+        let image =
+            image::build(self.errand, self.config, self.parts, &kernel, &mut inner, self.parts.qemu()?)?;
         drop(inner);
         let log = self.out.map(OutDir::console_log).transpose()?;
         let outer_log = self.out.map(OutDir::outer_console_log).transpose()?;
@@ -109,6 +114,7 @@ impl Outside<'_> {
             move |bytes| console.lock().feed(bytes)
         });
         let machine = start_outer(self.config, self.parts, &kernel, image, theirs, Vec::new(), sink)?;
+        self.outer.store(machine.pid().unwrap_or(0), Ordering::SeqCst);
         listen(reader, queue)?;
         let following = Following {
             outside: self,

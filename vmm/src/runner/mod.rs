@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::mpsc::sync_channel;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -43,6 +43,7 @@ use crate::gates::diagram;
 use crate::gates::engine::Engine;
 use crate::machine::kvm::KvmOptions;
 use crate::machine::{Accel, MachineConfig, kvm, qemu};
+use crate::nested::Errand;
 use crate::nested::carried::Outer;
 use crate::nested::outside::{Outside, outer_kernel};
 use crate::provision::module_name;
@@ -133,7 +134,17 @@ fn make(
     let initramfs = parts::initramfs(config, &parts, &plan)?;
     let carried = config.vfio == Some(Vfio::Gpu);
     if config.nested && !carried {
-        let outside = Outside { config, parts: &parts, plan: &plan, events, interrupted, out };
+        let errand = Errand::Run;
+        let outside = Outside {
+            config,
+            parts: &parts,
+            plan: &plan,
+            events,
+            interrupted,
+            out,
+            errand,
+            outer: &AtomicU32::new(0),
+        };
         let made = outside.run(initramfs, results);
         with_kernel(results, &parts);
         return made;
@@ -398,7 +409,8 @@ fn with_kernel(results: &mut Results, parts: &Parts) {
     }
 }
 
-fn blank(config: &RunConfig) -> Results {
+/// Results that say nothing yet.
+pub(crate) fn blank(config: &RunConfig) -> Results {
     let text = |path: &std::path::PathBuf| path.display().to_string();
     Results {
         schema_version: SCHEMA_VERSION,
