@@ -227,7 +227,16 @@ pub const WORKLOADS: &[WorkloadInfo] = &[
         suite: false,
         resets: true,
     },
+    WorkloadInfo {
+        name: UNPLUG_WORKLOAD,
+        about: "the device is pulled out under running engines, and put back in; only on the native machine, and not part of the default suite",
+        suite: false,
+        resets: true,
+    },
 ];
+
+/// The workload that needs a machine whose devices can be pulled out.
+pub const UNPLUG_WORKLOAD: &str = "unplug";
 
 /// A workload that measures instead of testing. It is none of [`WORKLOADS`]: `bench` puts it into a plan, nothing else does.
 pub const BENCH_WORKLOAD: &str = "bench";
@@ -288,6 +297,11 @@ pub enum Message {
         /// Cases that failed.
         failed: u64,
     },
+    /// The guest wants something of the machine that it runs on.
+    Ask {
+        /// What.
+        wish: Wish,
+    },
     /// Something was measured; only the benchmarks' workload says so.
     Metric {
         /// What, such as `faults/one-queue`.
@@ -309,6 +323,16 @@ pub enum Message {
     },
     /// The plan is done; the guest powers off now.
     Done,
+}
+
+/// What a guest can want of its machine.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Wish {
+    /// That the GPU is pulled out, without a warning to anybody.
+    Unplug,
+    /// That it is put back in.
+    Plug,
 }
 
 /// How a case or workload ended.

@@ -176,7 +176,7 @@ impl Human {
                 state.driver_loaded |= module.contains("driver");
                 self.print(&format!("guest: {module} loaded"));
             }
-            Message::ModuleText { .. } => {}
+            Message::Ask { .. } | Message::ModuleText { .. } => {}
             Message::WorkloadStart { workload, seed } => {
                 state.shown_cases = 0;
                 state.last_plain = Some(Instant::now());

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
-use guest_protocol::{Extent, WORKLOADS};
+use guest_protocol::{Extent, UNPLUG_WORKLOAD, WORKLOADS};
 use serde::{Deserialize, Serialize};
 
 use super::{plan, replay};
@@ -134,6 +134,13 @@ impl RunConfig {
         }
         if args.outer_cpus != 1 && !args.nested {
             return Err(Failure::usage("--outer-cpus belongs to --nested"));
+        }
+        let unplugs = workloads.iter().any(|name| name == UNPLUG_WORKLOAD);
+        if unplugs && (args.machine != MachineName::Kvm || args.vfio.is_some()) {
+            return Err(Failure::usage(format!(
+                "{UNPLUG_WORKLOAD} pulls the device out, which only the native machine lets happen to functions of its own"
+            ))
+            .remedy("give --machine kvm, with --nested where KVM runs no guests, and no --vfio"));
         }
         let vfio = args.vfio.as_deref().map(|text| Vfio::new(text, args.machine, args.nested)).transpose()?;
         Ok(Self {

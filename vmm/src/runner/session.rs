@@ -5,11 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use guest_protocol::{Message, Plan, WITNESS_MODULE};
+use guest_protocol::{Message, Plan, WITNESS_MODULE, Wish};
 use vgpu::oracle::{Rule, Violation};
 use vgpu_spec::handle::Handle;
 use vgpu_spec::regs::witness::{REQUEST_ALL_CPUS, REQUEST_BLOCKED_TASKS};
 
+use super::device::GPU;
 use super::hang::{self, Clues, Standing};
 use super::splats::{self, Meaning};
 use super::story::Story;
@@ -322,10 +323,24 @@ impl<'a> Session<'a> {
             }
             self.end.boot_seconds = Some(now.saturating_duration_since(self.start).as_secs_f64());
         }
+        if let Message::Ask { wish } = message {
+            self.grant(wish);
+        }
         if let Some(violation) = self.end.story.message(&message) {
             self.device.report(violation);
         }
         self.events.event(Event::Guest { message });
+    }
+
+    /// Does what the guest wants. A guest whose wish cannot be granted finds out by itself.
+    fn grant(&mut self, wish: Wish) {
+        let done = match wish {
+            Wish::Unplug => self.machine.unplug(GPU),
+            Wish::Plug => self.machine.plug(GPU),
+        };
+        if let Err(failure) = done {
+            self.events.event(Event::Note { text: format!("the guest's wish is not granted: {failure}") });
+        }
     }
 
     fn exited(&mut self, exit: &MachineExit) {

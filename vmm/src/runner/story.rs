@@ -122,7 +122,7 @@ impl Story {
             }
             Message::Fatal { reason } => self.fatal = Some(reason.clone()),
             Message::Done => self.done = true,
-            Message::Progress { .. } | Message::Metric { .. } => {}
+            Message::Progress { .. } | Message::Metric { .. } | Message::Ask { .. } => {}
         }
         None
     }

@@ -36,7 +36,7 @@ pub(crate) fn tame(message: &mut Message) {
             tame_text(name);
             tame_text(unit);
         }
-        Message::ExecEnd { .. } | Message::Done => {}
+        Message::Ask { .. } | Message::ExecEnd { .. } | Message::Done => {}
     }
 }
 

@@ -58,6 +58,26 @@ fn a_broken_driver_is_caught_on_the_native_machine() {
     assert!(replay.contains(patch), "{replay}");
 }
 
+/// The device is pulled out under load and put back in, with MSI-X; the driver copes, and nobody is accused.
+#[test]
+fn the_device_is_pulled_out_and_put_back_in() {
+    let _one = machine();
+    let finished = on_native(&["unplug", "--seed", "1", "--iterations", "1"]);
+    finished.expect_status(0);
+    let workload = &finished.results["workloads"][0];
+    assert_eq!((&workload["outcome"], &workload["cases"]), (&"pass".into(), &5.into()), "{workload}");
+    assert_eq!(finished.counter("probes_missed"), 0);
+    // Each of the five cases began with contexts on the device, and found it working afterwards.
+    assert!(finished.counter("contexts") >= 2 * 5 + 6 + 6, "{}", finished.counter("contexts"));
+    assert!(finished.counter("contexts_lost") > 0, "the device went with nothing on it");
+}
+
+#[test]
+fn what_cannot_be_pulled_out_is_refused() {
+    let finished = plain(binary().args(["run", "unplug"]));
+    finished.expect_status(2).expect_said("--machine kvm");
+}
+
 #[test]
 fn kill_9_of_a_nested_run_leaves_nothing() {
     killed_leaves_nothing(&["--machine", "kvm", "--nested"], Duration::from_secs(5));

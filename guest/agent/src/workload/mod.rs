@@ -17,6 +17,7 @@ mod races;
 mod release;
 mod removal;
 mod stress;
+mod unplug;
 mod unregister;
 
 #[cfg(test)]
@@ -80,6 +81,12 @@ const ALL: &[Workload] = &[
     Workload { name: "stress", rounds: stress::ROUNDS, lanes: false, round: stress::round },
     Workload { name: "migrate", rounds: migrate::ROUNDS, lanes: false, round: migrate::round },
     Workload { name: "removal", rounds: removal::ROUNDS, lanes: false, round: removal::round },
+    Workload {
+        name: guest_protocol::UNPLUG_WORKLOAD,
+        rounds: unplug::ROUNDS,
+        lanes: false,
+        round: unplug::round,
+    },
 ];
 
 /// What a plan may also name, though it is no part of any suite.

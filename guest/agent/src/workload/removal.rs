@@ -101,7 +101,7 @@ impl Function {
 }
 
 /// The device does what it should.
-fn works(device: &dyn Device, rng: &mut Rng) -> Checked {
+pub(super) fn works(device: &dyn Device, rng: &mut Rng) -> Checked {
     let context = Context::bind(device)?;
     let map = Mapping::small(WINDOW).doing("mmap")?;
     let pattern = Pattern { first: rng.next(), step: rng.next() };
@@ -110,7 +110,7 @@ fn works(device: &dyn Device, rng: &mut Rng) -> Checked {
 }
 
 /// An open file of a device that is gone answers everything with an error, at once, and memory is as it was.
-fn refused(occupied: &Occupied, allowed: &[Errno]) -> Checked {
+pub(super) fn refused(occupied: &Occupied, allowed: &[Errno]) -> Checked {
     let began = Instant::now();
     for context in &occupied.contexts {
         let file = context.file();

@@ -62,7 +62,7 @@ fn passes(name: &'static str) {
         for case in round_of(name, 1, false) {
             // Not every host hands out huge pages, or has the driver's device in its sysfs; none holds tasks.
             let may_skip = case.case.contains("thp/")
-                || matches!(&*case.workload, "removal" | "migrate" | "races")
+                || matches!(&*case.workload, "removal" | "migrate" | "races" | "unplug")
                 || case.case.starts_with("kill/");
             assert!(case.outcome == Outcome::Pass || may_skip && case.outcome == Outcome::Skip, "{case:?}");
         }
@@ -124,6 +124,11 @@ fn every_cast_of_the_protocol_is_here_and_no_other() {
     let known: Vec<_> = crate::cast::names().collect();
     let named: Vec<_> = CASTS.iter().map(|cast| cast.name).collect();
     assert_eq!(known, named);
+}
+
+#[test]
+fn unplug_is_skipped_where_there_is_nothing_to_pull_out() {
+    passes("unplug");
 }
 
 #[test]
