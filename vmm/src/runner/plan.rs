@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn names() {
-        assert_eq!(workloads(&[], false).unwrap().last().map(String::as_str), Some("stress"));
+        assert_eq!(workloads(&[], false).unwrap().last().map(String::as_str), Some("migrate"));
         assert!(workloads(&[], true).unwrap().is_empty());
         assert_eq!(workloads(&["stress".into()], true).unwrap(), ["stress"]);
         let error = workloads(&["acess".into()], false).unwrap_err();
