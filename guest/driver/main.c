@@ -191,7 +191,8 @@ static void vgpu_remove(struct pci_dev *pdev)
 
 	vgpu_devmem_fini(vdev);
 	vgpu_irq_stop(vdev);
-	vgpu_write(vdev, VGPU_REG_CTRL, 0);
+	/* A device that takes no commands cannot be given back what it has granted. */
+	vgpu_write(vdev, VGPU_REG_CTRL, vgpu_is_dead(vdev) ? VGPU_CTRL_RESET : 0);
 	vgpu_cmd_kill(vdev, NULL);
 	vgpu_irq_fini(vdev);
 	vgpu_cmd_fini(vdev);

@@ -4,11 +4,13 @@
 //! Files that were open must answer with an error from then on and close well, memory must be the process's as before, and when
 //! the driver has the device again it must work. What the kernel thinks of all that is read from the console.
 
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use vgpu_spec::uapi::DRIVER_DEVICE;
+use nix::sys::signal::Signal;
+use vgpu_spec::uapi::{DRIVER_DEVICE, POISON};
 
 use super::Round;
 use super::migrate::Placed;
@@ -16,7 +18,7 @@ use super::release::{LONG, Occupied};
 use crate::boot::wait_for_node;
 use crate::client::{Context, Job};
 use crate::device::Device;
-use crate::memory::{Mapping, Pattern, WINDOW};
+use crate::memory::{Backing, Mapping, PAGE, Pattern, WINDOW};
 use crate::outcome::{Checked, Doing, Failure, describe, require};
 use crate::process::{BOUND, Child, Pause, exit_now};
 use crate::rng::Rng;
@@ -38,6 +40,11 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
         ("reset/device-memory", |device, function, rng| device_memory(device, rng, || function.reset())),
     ];
     let device = round.ground.device;
+    let mut bodies = bodies.to_vec();
+    // Waits until the driver gives the device up, which takes it ten seconds.
+    if round.iteration == 0 {
+        bodies.push(("lost/device-memory", lost));
+    }
     for (name, body) in bodies {
         round.case(name, |rng| {
             let function = Function::find()?;
@@ -89,6 +96,20 @@ impl Function {
         }
         write(&self.driver.join("bind"), &self.address)?;
         wait_for_node(DRIVER_DEVICE)
+    }
+
+    /// Takes its access to memory from the device behind the driver's back: it answers no more commands.
+    fn cut_off(&self) -> Checked {
+        const COMMAND: u64 = 4;
+        const MASTER: u8 = 1 << 2;
+        let path = self.device.join("config");
+        let cut = || {
+            let file = std::fs::File::options().read(true).write(true).open(&path)?;
+            let mut command = [0];
+            file.read_exact_at(&mut command, COMMAND)?;
+            file.write_all_at(&[command[0] & !MASTER], COMMAND)
+        };
+        cut().map_err(|error| Failure::wrong(format!("{}: {error}", path.display())))
     }
 
     fn reset(&self) -> Checked {
@@ -207,6 +228,32 @@ fn device_memory(device: &dyn Device, rng: &mut Rng, goes: impl FnOnce() -> Chec
     placed.context.submit(job.queue(1))?;
     goes()?;
     placed.cpu_sees(0, WINDOW)
+}
+
+/// The device dies with pages of two processes in its memory. What was in them is lost, and nobody may be given something else
+/// for it: one touches them and is told by a signal, the other closes and finds poison.
+fn lost(device: &dyn Device, function: &Function, rng: &mut Rng) -> Checked {
+    let placed = Placed::new(device, rng)?;
+    let dead = Mapping::new(PAGE, PAGE, Backing::AnonymousShared).doing("mmap")?;
+    let mut child = Child::spawn(|parent| {
+        let placed = Placed::new(device, rng)?;
+        parent.ready(0);
+        while dead.load(0) == 0 {
+            std::thread::yield_now();
+        }
+        let found = placed.map.load(0);
+        Err(Failure::wrong(format!("a page that is lost reads {found:#x}")))
+    })?;
+    child.wait_ready()?;
+    function.cut_off()?;
+    dead.store(0, 1);
+    child.join_killed(Signal::SIGBUS)?;
+    placed.context.file().close();
+    let poison = Pattern { first: u64::from_ne_bytes([POISON; 8]), step: 0 };
+    match placed.map.differs(0, WINDOW, poison) {
+        None => Ok(()),
+        Some((at, found)) => Err(Failure::wrong(format!("a page that is lost has {found:#x} at {at:#x}"))),
+    }
 }
 
 /// Reset through sysfs, which is a function-level reset: the device forgets everything it was told.
