@@ -3,6 +3,7 @@
 //!
 //! `cargo bench -p vgpu --features testing`. Each figure includes what a job costs to hand over, so jobs are large.
 #![allow(clippy::expect_used, reason = "a benchmark may fail loudly")]
+#![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
 #![allow(missing_docs, reason = "criterion's macros make public items")]
 
 use std::collections::BTreeMap;
@@ -12,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use vgpu::gpu::GpuConfig;
+use vgpu::oracle::{DeviceEvent, Oracle, OracleConfig};
 use vgpu::testing::{Queue, Rig};
-use vgpu_spec::handle::Handle;
+use vgpu_spec::handle::{Handle, Kind};
 use vgpu_spec::job::*;
 use vgpu_spec::pte::{ATOMIC, HUGE, VALID, WRITE};
 use vgpu_spec::witness::{self, Record};
@@ -166,5 +168,36 @@ fn bandwidth(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, translation, comparison, invalidate, bandwidth);
+/// What an event costs the thread of the device that tells of it: the oracle puts it into its trace.
+fn trace(c: &mut Criterion) {
+    let oracle = Oracle::new(OracleConfig::default());
+    let ctx = Handle::new(Kind::Context, 3, 70_000);
+    // So that it is no context of the driver's own, whose leaves are looked at.
+    oracle.witness(&Record { kind: witness::MM_BEGIN, mm: 1, ..Record::default() });
+    oracle.event(DeviceEvent::ContextBound { ctx, tag: 1 });
+    let mut group = c.benchmark_group("trace");
+    group.throughput(Throughput::Elements(1));
+    let mut va = VA;
+    let mut next = move || {
+        va += 0x1000;
+        va
+    };
+    group.bench_function("leaf set", |b| {
+        b.iter(|| {
+            let va = next();
+            oracle.event(DeviceEvent::LeafSet { ctx, va: Some(va), pte: va | VALID | WRITE });
+        });
+    });
+    group.bench_function("invalidate", |b| {
+        b.iter(|| {
+            let start = next();
+            oracle.event(DeviceEvent::Invalidate { ctx, start, last: start | 0xfff });
+        });
+    });
+    group.finish();
+    let (events, bytes) = oracle.trace_size();
+    println!("trace: {events} events, {:.1} bytes each", bytes as f64 / events as f64);
+}
+
+criterion_group!(benches, translation, comparison, invalidate, bandwidth, trace);
 criterion_main!(benches);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The command line's grammar. Scripts depend on it: names are added, never changed.
 
+pub mod check;
 pub mod examine;
 pub mod list;
 pub mod mutants;
@@ -37,6 +38,10 @@ const RUN_HELP: &str = "\
 Exit status: 0 clean; 1 a violation was found, which outranks everything else; 2 usage; 3 inconclusive: the guest was lost, a \
 workload did not run to its end or failed for a reason of its own, a witness probe was missed, or the command of --exec ended \
 with another status than 0 and without a violation (results.json has it as exec_status); 4 the environment lacks something.";
+
+const CHECK_HELP: &str = "\
+Exit status: that of the run, as far as it is in the trace: 0 clean; 1 a violation was found; 2 the file is no whole trace; 3 \
+inconclusive: the run was, the trace was not closed (the testbench was killed), or its oldest events gave way to newer ones.";
 
 /// The commands.
 #[derive(Debug, Subcommand)]
@@ -78,9 +83,9 @@ pub enum Command {
     /// Try broken drivers, which the oracle must find, or correct ones, in which it must find nothing
     #[command(after_help = mutants::HELP)]
     Mutants(Box<mutants::MutantsArgs>),
-    /// (not in this version)
-    #[command(hide = true, disable_help_flag = true)]
-    Check(Later),
+    /// Judge the trace of an earlier run once more, without a guest
+    #[command(after_help = CHECK_HELP)]
+    Check(check::CheckArgs),
     /// (not in this version)
     #[command(hide = true, disable_help_flag = true)]
     Campaign(Later),
@@ -285,7 +290,10 @@ pub struct RunArgs {
     /// Run to the end whatever is found; else a run ends ten seconds of guest time after its first violation
     #[arg(long)]
     pub keep_going: bool,
-    /// Folder for results.json, console.log and junit.xml; made if needed
+    /// Size of the trace, a ring in which the oldest events give way: in memory, or with --out the file `trace`
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = units::trace)]
+    pub trace_bytes: u64,
+    /// Folder for results.json, console.log, junit.xml and trace; made if needed
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// How the run is shown on standard output

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use clap::Parser;
 use hmm_testbench::bench;
 use hmm_testbench::cli::mutants::MutantsArgs;
-use hmm_testbench::cli::{Cli, Command, DEFAULT_KERNEL, FormatName, examine, list, not_yet, report};
+use hmm_testbench::cli::{Cli, Command, DEFAULT_KERNEL, FormatName, check, examine, list, not_yet, report};
 use hmm_testbench::doctor::Doctor;
 use hmm_testbench::event::{Event, EventSink};
 use hmm_testbench::failure::Result;
@@ -43,7 +43,7 @@ fn main() -> ExitCode {
         Command::Bench { names, json } => bench::run(&names, json, human.clone()),
         Command::NestedInside => nested::inside::main(),
         Command::Mutants(args) => mutants(&args, &words, human.clone()),
-        Command::Check(_) => Err(not_yet::not_in_this_version("`check`")),
+        Command::Check(args) => check::print(&args, &human, &mut std::io::stdout().lock()),
         Command::Campaign(_) => Err(not_yet::not_in_this_version("`campaign`")),
         Command::Report(args) => report::print(&args, &human, &mut std::io::stdout().lock()),
     };

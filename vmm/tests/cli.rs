@@ -38,6 +38,11 @@ fn what_is_wrong_is_refused_by_name() {
         (&["run", "--backend", "list"], "mirror"),
         (&["run", "--mirror-policy", "srcu"], "--backend mirror"),
         (&["run", "--backend", "mirror", "--mirror-policy", "none"], "drop-lock"),
+        (&["run", "--trace-bytes", "5K"], "1M"),
+        (&["run", "--nested", "--trace-bytes", "2G"], "--trace-bytes"),
+        (&["check", "/nonexistent"], "/nonexistent"),
+        (&["check", file], "no trace"),
+        (&["check"], "TRACE"),
         (&["run", "--shell"], "terminal"),
         (&["run", "--shell", "--format", "jsonl"], "terminal"),
         (&["list", "everything"], "workloads"),
@@ -57,7 +62,6 @@ fn what_this_version_lacks_is_said() {
         &["run", "--allow", "x"],
         &["run", "--format", "ktap"],
         &["run", "--format", "junit"],
-        &["check", "trace"],
         &["campaign", "run"],
     ] {
         let (status, _, stderr) = run(arguments);

@@ -9,7 +9,6 @@ use vgpu_spec::handle::Handle;
 use vgpu_spec::pte;
 
 use super::mirror::{Mirrors, Mismatch, Verdict};
-use super::range::Live;
 use super::state::{After, Finding, State};
 use super::trace::leaf_last;
 use super::{Rule, state};
@@ -49,7 +48,8 @@ impl Doubts {
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
-    pub(super) fn add(&mut self, doubt: Doubt) {
+    /// Whether it is a new one.
+    pub(super) fn add(&mut self, doubt: Doubt) -> bool {
         let same = |other: &Doubt| {
             other.va >> pte::PAGE_SHIFT == doubt.va >> pte::PAGE_SHIFT
                 && other.leaf == doubt.leaf
@@ -58,9 +58,11 @@ impl Doubts {
                     (Cause::Absent, Cause::Absent) | (Cause::Stale(_), Cause::Stale(_))
                 )
         };
-        if self.0.len() < MOST && !self.0.iter().any(same) {
+        let new = self.0.len() < MOST && !self.0.iter().any(same);
+        if new {
             self.0.push(doubt);
         }
+        new
     }
     /// A new leaf stands there.
     pub(super) fn forget(&mut self, va: u64, last: u64) {
@@ -100,26 +102,19 @@ fn verb(access: u32) -> &'static str {
 }
 
 impl State {
-    /// A translation and the CPU's tables, when they stood still, did not agree.
-    pub(super) fn mismatch(
-        &mut self,
-        m: &Mismatch,
-        live: Live<'_>,
-        mirrors: &Mirrors,
-        found: &mut Vec<Finding>,
-    ) {
-        let Some(context) = self.contexts.get(&m.ctx.0) else { return };
+    /// A translation and the CPU's tables, when they stood still, did not agree. Whether it left a new doubt.
+    pub(super) fn mismatch(&mut self, m: &Mismatch, mirrors: &Mirrors, found: &mut Vec<Finding>) -> bool {
+        let Some(context) = self.contexts.get(&m.ctx.0) else { return false };
         // The ends of address spaces have rules of their own; and their tables may have been freed while we walked.
         let judged = matches!(context.after, After::Alive) && !context.released && !context.unnotified;
-        let Some(id) = context.mm.filter(|_| judged) else { return };
+        let Some(id) = context.mm.filter(|_| judged) else { return false };
         let stale = context.doubts.stale(m.va, m.leaf).filter(|_| !m.unused).cloned();
-        let Some(mm) = self.mms.get_mut(&id).filter(|mm| !mm.released) else { return };
+        let Some(mm) = self.mms.get_mut(&id).filter(|mm| !mm.released) else { return false };
         if let Some(mut finding) = stale {
             finding.summary += "; and now it is used";
             found.push(finding);
-            return;
+            return false;
         }
-        mm.prune(live);
         let writes = m.access & !vgpu_spec::fault::ACCESS_READ != 0;
         let vram = m.leaf & pte::VRAM != 0;
         match m.verdict {
@@ -137,14 +132,15 @@ impl State {
                 }
             }
             Verdict::Moving if vram => {}
-            Verdict::Moving | Verdict::Absent => self.doubt(m, mirrors),
+            Verdict::Moving | Verdict::Absent => return self.doubt(m, mirrors),
         }
+        false
     }
 
-    fn doubt(&mut self, m: &Mismatch, mirrors: &Mirrors) {
-        let Some(context) = self.contexts.get_mut(&m.ctx.0) else { return };
-        context.doubts.add(Doubt { va: m.va, leaf: m.leaf, cause: Cause::Absent, beats: 0 });
+    fn doubt(&mut self, m: &Mismatch, mirrors: &Mirrors) -> bool {
+        let Some(context) = self.contexts.get_mut(&m.ctx.0) else { return false };
         mirrors.attend(m.ctx, true);
+        context.doubts.add(Doubt { va: m.va, leaf: m.leaf, cause: Cause::Absent, beats: 0 })
     }
 
     fn wrong(&self, id: u64, m: &Mismatch, rule: Rule) -> Finding {

@@ -13,6 +13,7 @@ use vgpu_spec::fault::{ACCESS_ATOMIC, ACCESS_READ, ACCESS_WRITE};
 use vgpu_spec::handle::Handle;
 use vgpu_spec::pte::{self, leaf_address, leaf_shift};
 
+use super::input::Input;
 use super::{Oracle, Rule};
 use crate::cpu::{Format, Hint, Kind, Page, Space};
 use crate::memory::Snapshot;
@@ -264,11 +265,8 @@ impl Oracle {
 
     #[cold]
     fn mismatch(&self, mismatch: Mismatch) {
-        let mut found = Vec::new();
-        self.with_live(|live| {
-            self.state.lock().mismatch(&mismatch, live, &self.mirrors, &mut found);
-        });
-        self.raise(found);
+        let ctx = mismatch.ctx;
+        self.judge_settled(&Input::Mismatch(mismatch), |state| state.mm_of(ctx));
     }
 }
 

@@ -2,13 +2,18 @@
 //! The oracle: judges, from the device's side, how a driver keeps the device's view of an address space.
 //!
 //! It is fed by the device ([`Oracle::event`], [`Oracle::access`]) and by the guest's witness module ([`Oracle::witness`]).
-//! The rules and their reasons are in docs/rules.md.
+//! The rules and their reasons are in docs/rules.
 //!
-//! Locks: each is held for moments and never while another is taken. None is held while the device is asked ([`Inspect`]) or a sink is called, so the device may call in with its own
-//! locks held.
+//! Judging is a function of one stream of inputs ([`input`]), which the trace keeps: `check` comes to the same verdict from a file.
+//!
+//! Locks: the state's first, then those of what was found and of the trace; all others are held for moments and never while
+//! another is taken. None is held while the device is asked ([`Inspect`]) or a sink is called, so the device may call in with its
+//! own locks held.
 
+mod check;
 mod doubt;
 mod event;
+mod input;
 mod mirror;
 mod moments;
 mod private;
@@ -27,28 +32,33 @@ mod range_test;
 #[cfg(test)]
 mod release_test;
 
+pub use check::{Checked, check};
 pub use event::{ContextView, DeviceEvent, Inspect, Leak, RangeView};
 pub use mirror::Compare;
 pub use rule::Rule;
-pub use trace::describe;
+#[cfg(any(test, feature = "testing"))]
+pub use trace::file_of_records;
+pub use trace::{DEFAULT_BYTES, LEAST_BYTES, MOST_BYTES, TraceError, TraceFile, describe, file_bytes};
 pub use violation::{OracleCounters, Violation};
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock, Weak};
 
 use arc_swap::ArcSwapOption;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use vgpu_spec::handle::Handle;
 use vgpu_spec::pte;
 use vgpu_spec::witness::{self, Record};
 
 use doubt::{Cause, Outcome};
+use input::{Asked, Input};
 use mirror::{Mirrors, Verdict};
 use moments::Moment;
 use range::{Demand, Range};
 use state::{Finding, State, Watched};
-use trace::{Trace, What};
+use trace::Trace;
 
 use crate::cpu::Format;
 use crate::memory::SystemMemory;
@@ -66,6 +76,8 @@ pub struct OracleConfig {
     pub contexts: u32,
     /// The platform declares device atomics on system memory coherent with the CPU's; else they need a device-exclusive page.
     pub coherent_atomics: bool,
+    /// Bytes of the trace, [`LEAST_BYTES`] to [`MOST_BYTES`]: a ring, the oldest events give way.
+    pub trace_bytes: u64,
 }
 
 impl Default for OracleConfig {
@@ -76,6 +88,7 @@ impl Default for OracleConfig {
             max_violations: 100,
             contexts: 64,
             coherent_atomics: true,
+            trace_bytes: DEFAULT_BYTES,
         }
     }
 }
@@ -118,6 +131,11 @@ impl Kept {
         }
         true
     }
+
+    fn add(&mut self, key: Key, violation: Violation) {
+        self.index.insert(key, self.list.len());
+        self.list.push(violation);
+    }
 }
 
 /// Judges the device's and the witness's events.
@@ -142,9 +160,21 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    /// An oracle that has seen nothing.
+    /// An oracle that has seen nothing. Its trace is in memory.
     #[must_use]
     pub fn new(config: OracleConfig) -> Arc<Self> {
+        Self::with(config, Trace::new(&config))
+    }
+
+    /// One whose trace is in `file`: zeroes, [`file_bytes`] long, with all its blocks there. `about` says what is run.
+    ///
+    /// # Errors
+    /// If the file is shorter or cannot be mapped.
+    pub fn with_trace(config: OracleConfig, file: File, about: &str) -> std::io::Result<Arc<Self>> {
+        Ok(Self::with(config, Trace::create(&config, file, about)?))
+    }
+
+    fn with(config: OracleConfig, trace: Trace) -> Arc<Self> {
         Arc::new(Self {
             config,
             watched: Watched::new(if config.enabled { config.contexts } else { 0 }),
@@ -153,7 +183,7 @@ impl Oracle {
             format: ArcSwapOption::empty(),
             slots: Mutex::default(),
             compared: AtomicU64::new(0),
-            trace: Trace::new(config.enabled),
+            trace,
             state: Mutex::new(State::new(config.fault_heartbeats)),
             kept: Mutex::new(Kept::default()),
             witness_records: AtomicU64::new(0),
@@ -173,27 +203,52 @@ impl Oracle {
         let _ = self.memory.set(memory);
     }
 
+    /// Judges an input, which so gets its place in the order of events.
+    fn judge(&self, input: &Input) -> Asked {
+        self.judge_in(self.state.lock(), input)
+    }
+
+    /// The same where invalidations under way matter: those that are over are found out before.
+    fn judge_settled(&self, input: &Input, mm: impl FnOnce(&State) -> Option<u64>) -> Asked {
+        self.with_live(|live| {
+            let mut state = self.state.lock();
+            if let Some(mm) = mm(&state) {
+                let mut over = |slot, number| self.trace.push(&Input::Over { mm, slot, number });
+                state.settle(mm, live, &mut over);
+            }
+            self.judge_in(state, input)
+        })
+    }
+
+    fn judge_in(&self, mut state: MutexGuard<'_, State>, input: &Input) -> Asked {
+        let mut found = Vec::new();
+        let asked = state.apply(input, &self.watched, &self.mirrors, &mut found);
+        let worth = !input.repeats() || asked.changed || found.iter().any(|finding| self.is_new(finding));
+        if worth {
+            self.trace.push(input);
+        }
+        let new = self.keep_found(found);
+        drop(state);
+        self.tell(&new);
+        asked
+    }
+
     /// Something happened on the device.
     ///
     /// To be called before the guest can learn of it, and for one context or fault in the order in which things happened.
     pub fn event(&self, event: DeviceEvent) {
         use DeviceEvent as E;
+        let (mut told, mut attended) = (true, false);
         if self.config.enabled {
-            self.trace.push(What::Device(event));
             match event {
                 E::LeafCleared { .. }
                 | E::Invalidate { .. }
                 | E::InvalidateDone { .. }
-                | E::JobDone { .. } => return,
-                E::LeafSet { ctx, va, pte } => {
-                    if let Some(va) = va {
-                        self.leaf_set(ctx, va, pte);
-                    }
-                    if !self.watched.contains(ctx) {
-                        return;
-                    }
+                | E::JobDone { .. } => told = false,
+                E::LeafSet { ctx, va, .. } => {
+                    attended = va.is_some() && self.mirrors.wants(ctx);
+                    told = self.watched.contains(ctx);
                 }
-                E::DataReturned { ctx, page } => return self.data_returned(ctx, page),
                 E::ContextReleased { ctx } | E::ContextUnbound { ctx, .. } => self.mirrors.clear(ctx),
                 E::Reset => self.mirrors.clear_all(),
                 _ => {}
@@ -201,28 +256,22 @@ impl Oracle {
         } else if !matches!(event, E::ContextBound { .. } | E::ContextUnbound { .. } | E::Reset) {
             return;
         }
-        let mut found = Vec::new();
-        self.state.lock().device(&event, &self.watched, &mut found);
-        self.raise(found);
-    }
-
-    /// A leaf was set in the tables of a context.
-    #[inline]
-    fn leaf_set(&self, ctx: Handle, va: u64, leaf: u64) {
-        if self.mirrors.wants(ctx) {
-            let mut found = Vec::new();
-            self.with_live(|live| {
-                self.state.lock().leaf_attended((ctx, va, leaf), live, &self.mirrors, &mut found);
-            });
-            self.raise(found);
+        let input = Input::Device { event, told, attended };
+        match event {
+            E::DataReturned { ctx, page } => self.data_returned(ctx, page, &input),
+            E::LeafSet { ctx, .. } if attended => drop(self.judge_settled(&input, |state| state.mm_of(ctx))),
+            _ if told => drop(self.judge(&input)),
+            _ => self.trace.push(&input),
         }
-        if let Some(compare) = self.compare(ctx) {
-            compare.leaf(va, leaf);
+        if let E::LeafSet { ctx, va: Some(va), pte } = event {
+            if let Some(compare) = self.compare(ctx) {
+                compare.leaf(va, pte);
+            }
         }
     }
 
     /// Calls `with` with a function that says whether an invalidation has not ended.
-    fn with_live(&self, with: impl FnOnce(range::Live<'_>)) {
+    fn with_live<T>(&self, with: impl FnOnce(range::Live<'_>) -> T) -> T {
         let Slots { base, count, .. } = *self.slots.lock();
         let snapshot = self.memory.get().map(|memory| memory.snapshot());
         with(&|slot, number| {
@@ -232,7 +281,7 @@ impl Oracle {
                 .filter(|_| slot < count)
                 .and_then(|snapshot| snapshot.atomic_u64(base.checked_add(8 * slot)?, false).ok());
             word.is_some_and(|word| word.load(std::sync::atomic::Ordering::SeqCst) == number)
-        });
+        })
     }
 
     /// An access is about to touch memory: its translation is done, and [`Inspect`] shows it as in flight.
@@ -247,74 +296,52 @@ impl Oracle {
 
     #[cold]
     fn access_watched(&self, ctx: Handle, va: u64, frame: u64, access: u32) {
-        let mut found = Vec::new();
-        self.state.lock().access(ctx, va, frame, &mut found);
-        let new = |finding: &Finding| !self.kept.lock().index.contains_key(&key(finding));
-        if found.iter().any(new) {
-            self.trace.push(What::Access { ctx, va, frame, access });
-        }
-        self.raise(found);
+        self.judge(&Input::Access { ctx, va, frame, access });
     }
 
     /// The witness reports. Returns when the record has been judged.
     pub fn witness(&self, record: &Record) {
         self.witness_records.fetch_add(1, Relaxed);
-        let traced = !matches!(record.kind, witness::HEARTBEAT | witness::MESSAGE);
-        if self.config.enabled && traced {
-            self.trace.push(What::Witness(*record));
-        }
-        let arg = record.arg[0];
+        let input = Input::Witness(*record);
         match record.kind {
             witness::HELLO => {
                 self.mirrors.clear_all();
                 self.format.store(None);
                 *self.slots.lock() = Slots::default();
-                self.state.lock().hello();
+                self.judge(&input);
             }
-            witness::CPU_FORMAT => match Format::from_record(record.arg) {
-                Some(format) => self.format.store(Some(Arc::new(format))),
-                None => self.bad_record(),
-            },
+            witness::CPU_FORMAT => {
+                self.judge(&input);
+                if let Some(format) = Format::from_record(record.arg) {
+                    self.format.store(Some(Arc::new(format)));
+                }
+            }
             witness::RANGE_SLOTS => {
+                self.judge(&input);
                 let [base, count, questions, _] = record.arg;
                 *self.slots.lock() = Slots { base, count, questions };
             }
-            witness::PAGE_CLEAN => self.page_clean(record),
-            witness::RANGE_START => self.range_start(record),
-            witness::RANGE_END => self.range_end(record),
-            witness::HEARTBEAT => self.heartbeat(record.arg[1]),
-            witness::MM_BEGIN => {
-                self.state.lock().begin(record.mm, record.tgid, record.arg[1], &self.watched);
-            }
-            witness::NOTIFIER_ADDED => self.state.lock().notifier(record.mm, 1, &self.watched),
-            witness::NOTIFIER_REMOVED => self.state.lock().notifier(record.mm, -1, &self.watched),
-            witness::ASSOCIATE => self.associate(record.mm, Handle(arg)),
-            witness::MM_RELEASED => self.look(record.mm, Moment::Released),
-            witness::MM_UNMAPPED => self.look(record.mm, Moment::Unmapped),
-            witness::MM_END => {
-                self.look(record.mm, Moment::End);
-                self.state.lock().end(record.mm);
-            }
-            witness::MM_STRANDED => self.left(|state, found| state.stranded(record.mm, found)),
-            witness::BYE => self.left(|state, found| state.bye(arg, found)),
-            // Which frames are device-private is for the walk of the CPU's tables to know.
-            witness::MESSAGE | witness::DEVICE_PRIVATE_ADDED | witness::DEVICE_PRIVATE_REMOVED => {}
-            // Gates are for whoever conducts the scenario; here they have their place in the order of events.
-            kind if vgpu_spec::gate::RECORDS.contains(&kind) => {}
-            _ => self.state.lock().bad_records += 1,
+            witness::RANGE_START => self.range_start(record, &input),
+            witness::RANGE_END => self.range_end(record, &input),
+            witness::HEARTBEAT => self.heartbeat(&input),
+            witness::ASSOCIATE => self.associate(record),
+            // What is in it is no business of the oracle's.
+            witness::MESSAGE => {}
+            kind => match Moment::of(kind) {
+                Some(moment) => {
+                    self.look(record.mm, moment, &input);
+                    if moment == Moment::End {
+                        self.judge(&Input::Ended { mm: record.mm });
+                    }
+                }
+                None => drop(self.judge(&input)),
+            },
         }
     }
 
     /// The witness announced a record that cannot be read or is none.
     pub(crate) fn bad_record(&self) {
-        self.state.lock().bad_records += 1;
-    }
-
-    /// The witness goes: what is still there is judged.
-    fn left(&self, judge: impl FnOnce(&mut State, &mut Vec<Finding>)) {
-        let mut found = Vec::new();
-        judge(&mut self.state.lock(), &mut found);
-        self.raise(found);
+        self.judge(&Input::BadRecord);
     }
 
     fn device(&self) -> Option<Arc<dyn Inspect>> {
@@ -325,31 +352,26 @@ impl Oracle {
         self.device()?.context(ctx)
     }
 
-    fn associate(&self, mm: u64, ctx: Handle) {
+    fn associate(&self, record: &Record) {
+        let ctx = Handle(record.arg[0]);
         let known = self.state.lock().knows(ctx);
         let live = known || self.inspect(ctx).is_some();
-        if let Some(root) = self.state.lock().associate(mm, ctx, live, &self.watched) {
+        if let Some(root) = self.judge(&Input::Associate { record: *record, live }).root {
             self.mirrors.set(ctx, root);
         }
     }
 
     /// The start of an invalidation has returned 0: what must not be there any more is looked for while its caller waits.
-    fn range_start(&self, record: &Record) {
-        let Some(range) = Range::read(record) else { return self.bad_record() };
-        let mut concerned = Vec::new();
-        self.with_live(|live| {
-            concerned = self.state.lock().range_started(record.mm, range, live, &self.mirrors);
-        });
-        let Some(device) = self.device() else { return };
+    fn range_start(&self, record: &Record, input: &Input) {
+        let concerned = self.judge_settled(input, |_| Some(record.mm)).contexts;
+        let (Some(range), Some(device)) = (Range::read(record), self.device()) else { return };
         if !self.config.enabled {
             return;
         }
         for &ctx in &concerned {
             let no_write = range.demand() == Demand::NoWrite;
             let Some(view) = device.range(ctx, (range.start, range.last), no_write, 1) else { continue };
-            let mut found = Vec::new();
-            self.state.lock().range_looked(record.mm, &range, ctx, &view, &mut found);
-            self.raise(found);
+            self.judge(&Input::RangeView { mm: record.mm, range, ctx, view });
         }
         self.ask_for_dirt(device.as_ref(), &range, &concerned);
     }
@@ -380,18 +402,10 @@ impl Oracle {
         }
     }
 
-    /// An answer: a page that the device has written is clean.
-    fn page_clean(&self, record: &Record) {
-        let [va, frame, ctx, _] = record.arg;
-        let finding = self.state.lock().dirty_lost(record.mm, Handle(ctx), va, frame);
-        self.raise(finding.into_iter().collect());
-    }
-
     /// The end of a change of rights: no translation may allow more than the CPU's now.
-    fn range_end(&self, record: &Record) {
-        let Some(range) = Range::read(record) else { return self.bad_record() };
-        let concerned = self.state.lock().range_ends(record.mm);
-        let Some(device) = self.device() else { return };
+    fn range_end(&self, record: &Record, input: &Input) {
+        let concerned = self.judge(input).contexts;
+        let (Some(range), Some(device)) = (Range::read(record), self.device()) else { return };
         for ctx in concerned {
             let view = device.range(ctx, (range.start, range.last), false, LOOKED_AT);
             let (Some(view), Some(compare)) = (view, self.compare(ctx)) else { continue };
@@ -404,9 +418,7 @@ impl Oracle {
                 let va = va.max(range.start);
                 let (page, verdict) = compare.judged(va, leaf, mirror::leaf_access(leaf));
                 if verdict == Verdict::Wrong(Rule::MirrorExcessRights) {
-                    let finding =
-                        self.state.lock().range_excess(record.mm, &range, (ctx, va, leaf), in_tlb, &page);
-                    self.raise(finding.into_iter().collect());
+                    self.judge(&Input::Excess { mm: record.mm, range, ctx, va, leaf, in_tlb, page });
                 }
             }
         }
@@ -433,16 +445,14 @@ impl Oracle {
                     }
                 }
             };
-            let mut found = Vec::new();
-            self.state.lock().doubted(ctx, &doubt, outcome, &mut found);
-            self.raise(found);
+            self.judge(&Input::Doubted { ctx, doubt, outcome });
         }
     }
 
     /// Looks at what the contexts of an address space still have.
-    fn look(&self, mm: u64, moment: Moment) {
+    fn look(&self, mm: u64, moment: Moment, input: &Input) {
         // From here on the contexts' accesses are watched, so none slips through between the look and the watch.
-        let concerned = self.state.lock().moment(mm, moment, &self.watched);
+        let concerned = self.judge(input).contexts;
         // The kernel is about to free the tables that accesses are held against.
         concerned.iter().for_each(|&ctx| self.mirrors.clear(ctx));
         if !self.config.enabled {
@@ -450,35 +460,31 @@ impl Oracle {
         }
         for ctx in concerned {
             let view = self.inspect(ctx);
-            let mut found = Vec::new();
-            self.state.lock().looked(mm, moment, ctx, view, &mut found);
-            self.raise(found);
+            self.judge(&Input::View { mm, moment, ctx, view });
         }
     }
 
-    fn heartbeat(&self, missed: u64) {
-        if self.config.enabled {
-            self.trace.heartbeat();
-        }
+    fn heartbeat(&self, input: &Input) {
         self.look_at_doubts();
-        let overdue = self.state.lock().heartbeat(missed);
-        for ctx in overdue {
+        for ctx in self.judge(input).contexts {
             // Without a device to ask, its events have to do.
             let asked = self.device.lock().is_some();
             let parked = !asked || self.inspect(ctx).is_some_and(|view| view.parked_faults > 0);
-            let mut found = Vec::new();
-            self.state.lock().looked_for_faults(ctx, parked, &mut found);
-            self.raise(found);
+            self.judge(&Input::Parked { ctx, parked });
         }
     }
 
-    fn raise(&self, found: Vec<Finding>) {
-        if !self.config.enabled {
-            return;
-        }
-        for finding in found {
+    fn is_new(&self, finding: &Finding) -> bool {
+        !self.kept.lock().index.contains_key(&key(finding))
+    }
+
+    /// Keeps what is new of what was found. Called with the state's lock held: what is found first is what was told first.
+    fn keep_found(&self, found: Vec<Finding>) -> Vec<Violation> {
+        let mut new = Vec::new();
+        for finding in found.into_iter().filter(|_| self.config.enabled) {
             let key = key(&finding);
-            if !self.kept.lock().is_new(&key, self.config.max_violations) {
+            let mut kept = self.kept.lock();
+            if !kept.is_new(&key, self.config.max_violations) {
                 continue;
             }
             let page = finding.va.map(|va| va >> pte::PAGE_SHIFT << pte::PAGE_SHIFT);
@@ -487,24 +493,19 @@ impl Oracle {
             if let Some(ctx) = finding.ctx {
                 violation = violation.on(ctx);
             }
-            self.keep(key, violation);
+            kept.add(key, violation.clone());
+            new.push(violation);
         }
+        new
     }
 
-    /// Adds it, unless another thread was faster, and tells the sinks.
-    fn keep(&self, key: Key, violation: Violation) {
-        {
-            let mut kept = self.kept.lock();
-            if !kept.is_new(&key, self.config.max_violations) {
-                return;
-            }
-            let at = kept.list.len();
-            kept.index.insert(key, at);
-            kept.list.push(violation.clone());
+    fn tell(&self, new: &[Violation]) {
+        if new.is_empty() {
+            return;
         }
         let sinks = self.sinks.lock().clone();
-        for sink in &sinks {
-            sink(&violation);
+        for violation in new {
+            sinks.iter().for_each(|sink| sink(violation));
         }
     }
 
@@ -513,14 +514,46 @@ impl Oracle {
     /// Taken even if the oracle is not enabled: a kernel that oopses is no matter of taste. If it names a context and has no
     /// events, the last ones are added.
     pub fn report(&self, mut violation: Violation) {
+        let state = self.state.lock();
+        self.trace.push(&Input::Report(Box::new(violation.clone())));
         if violation.events.is_empty() {
             if let Some(ctx) = violation.context.map(Handle) {
-                let mm = self.state.lock().mm_of(ctx);
-                violation.events = self.trace.last(Some(ctx), mm, violation.address);
+                violation.events = self.trace.last(Some(ctx), state.mm_of(ctx), violation.address);
             }
         }
         let key = (violation.rule, violation.context, Some(violation.summary.clone()));
-        self.keep(key, violation);
+        {
+            let mut kept = self.kept.lock();
+            if !kept.is_new(&key, self.config.max_violations) {
+                return;
+            }
+            kept.add(key, violation.clone());
+        }
+        drop(state);
+        self.tell(std::slice::from_ref(&violation));
+    }
+
+    /// The run is over: `gaps` says why it proves nothing, if nothing was found. A trace in a file is closed.
+    ///
+    /// # Errors
+    /// Those of the trace's file.
+    pub fn finish(&self, gaps: &[String]) -> std::io::Result<()> {
+        for gap in gaps {
+            self.trace.push(&Input::Gap(gap.clone()));
+        }
+        self.trace.close()
+    }
+
+    /// What the trace's file would hold, were it closed now.
+    #[must_use]
+    pub fn trace(&self) -> Vec<u8> {
+        self.trace.snapshot()
+    }
+
+    /// Events in the trace so far, those that gave way included, and the bytes they take.
+    #[must_use]
+    pub fn trace_size(&self) -> (u64, u64) {
+        self.trace.size()
     }
 
     /// Calls `sink` with each violation from now on. It may be called on a device's thread: it must not block or call the device.
@@ -538,7 +571,7 @@ impl Oracle {
     #[must_use]
     pub fn counters(&self) -> OracleCounters {
         let suppressed = self.kept.lock().suppressed;
-        let events = self.trace.len();
+        let events = self.trace.activity();
         let state = self.state.lock();
         OracleCounters {
             contexts: state.bound,

@@ -14,7 +14,7 @@ use super::*;
 const LIMIT: u64 = 20;
 
 #[derive(Clone, Debug)]
-enum Step {
+pub(super) enum Step {
     Fork,
     Open { process: usize, say_so: bool, style: Style },
     Fault { file: usize, page: u64 },
@@ -29,7 +29,7 @@ enum Step {
 
 /// How a driver tears down on release.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Style {
+pub(super) enum Style {
     /// RELEASE the context; leaves stay in unreachable tables.
     Stop,
     /// Clear and invalidate; RELEASE at close.
@@ -38,7 +38,7 @@ enum Style {
     Both,
 }
 
-fn step() -> impl Strategy<Value = Step> {
+pub(super) fn step() -> impl Strategy<Value = Step> {
     let at = 0..16usize;
     let style = prop_oneof![Just(Style::Stop), Just(Style::Clear), Just(Style::Both)];
     prop_oneof![
@@ -73,8 +73,8 @@ struct Process {
     alive: bool,
 }
 
-struct Model {
-    oracle: Arc<Oracle>,
+pub(super) struct Model {
+    pub(super) oracle: Arc<Oracle>,
     fake: Arc<Fake>,
     processes: Vec<Process>,
     files: Vec<File>,
@@ -85,8 +85,15 @@ struct Model {
 }
 
 impl Model {
-    fn new() -> Self {
-        let oracle = Oracle::new(OracleConfig { fault_heartbeats: LIMIT, ..OracleConfig::default() });
+    pub(super) fn new() -> Self {
+        Self::with(OracleConfig::default())
+    }
+    /// With the smallest trace.
+    pub(super) fn small() -> Self {
+        Self::with(OracleConfig { trace_bytes: LEAST_BYTES, ..OracleConfig::default() })
+    }
+    fn with(config: OracleConfig) -> Self {
+        let oracle = Oracle::new(OracleConfig { fault_heartbeats: LIMIT, ..config });
         let fake = Arc::new(Fake::default());
         let weak: Weak<dyn Inspect> = Arc::<Fake>::downgrade(&fake);
         oracle.attach(weak);
@@ -104,7 +111,7 @@ impl Model {
     fn say(&self, kind: u32, mm: u64, arg: u64) {
         self.oracle.witness(&Record { kind, mm, arg: [arg, 0, 0, 0], ..Record::default() });
     }
-    fn view(&self, ctx: Handle, change: impl FnOnce(&mut ContextView)) {
+    pub(super) fn view(&self, ctx: Handle, change: impl FnOnce(&mut ContextView)) {
         change(self.fake.0.lock().entry(ctx.0).or_default());
     }
 
@@ -243,7 +250,7 @@ impl Model {
         }
     }
 
-    fn run(&mut self, step: &Step) {
+    pub(super) fn run(&mut self, step: &Step) {
         let files = self.files.len().max(1);
         match *step {
             Step::Fork => {
@@ -298,7 +305,7 @@ impl Model {
     }
 }
 
-fn any_event() -> impl Strategy<Value = DeviceEvent> {
+pub(super) fn any_event() -> impl Strategy<Value = DeviceEvent> {
     let handle = || {
         prop_oneof![
             (0..6u32, 0..4u32, 0..4u32).prop_map(|(kind, index, generation)| Handle(
@@ -319,7 +326,7 @@ fn any_event() -> impl Strategy<Value = DeviceEvent> {
         handle().prop_map(|ctx| DeviceEvent::ReleaseAgain { ctx }),
         (handle(), leak).prop_map(|(ctx, leak)| DeviceEvent::ContextUnbound { ctx, leak }),
         (handle(), any::<bool>(), any::<Option<u64>>()).prop_map(|(handle, issued_before, va)| {
-            DeviceEvent::BadHandle { op: "x", handle, issued_before, by: None, va }
+            DeviceEvent::BadHandle { op: "walk", handle, issued_before, by: None, va }
         }),
         (handle(), any::<Option<u64>>(), any::<u64>()).prop_map(|(ctx, va, pte)| DeviceEvent::LeafSet {
             ctx,
@@ -341,7 +348,7 @@ fn any_event() -> impl Strategy<Value = DeviceEvent> {
     ]
 }
 
-fn any_record() -> impl Strategy<Value = Record> {
+pub(super) fn any_record() -> impl Strategy<Value = Record> {
     let handle = prop_oneof![
         (0..4u64, 0..4u64).prop_map(|(g, i)| g << 32 | 1 << 24 | i),
         any::<u64>(),

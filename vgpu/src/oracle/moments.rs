@@ -2,18 +2,30 @@
 //! The witness's side of the rules: address spaces, whose contexts are whose, and the moments at which nothing may be left.
 
 use vgpu_spec::handle::Handle;
-use vgpu_spec::pte;
+use vgpu_spec::{pte, witness};
 
 use super::Rule;
 use super::event::ContextView;
 use super::state::{After, Fault, Finding, MAX_KEPT, Mm, Seen, State, Watched};
 
 /// When contexts are looked at.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Moment {
     Released,
     Unmapped,
     End,
+}
+
+impl Moment {
+    /// The moment that a kind of record tells of.
+    pub(super) fn of(kind: u32) -> Option<Self> {
+        Some(match kind {
+            witness::MM_RELEASED => Self::Released,
+            witness::MM_UNMAPPED => Self::Unmapped,
+            witness::MM_END => Self::End,
+            _ => return None,
+        })
+    }
 }
 
 impl State {

@@ -53,12 +53,23 @@ pub(super) fn bench() -> Bench {
     bench_with(OracleConfig { fault_heartbeats: 10, ..OracleConfig::default() })
 }
 
-fn bench_with(config: OracleConfig) -> Bench {
+pub(super) fn bench_with(config: OracleConfig) -> Bench {
     let oracle = Oracle::new(config);
     let fake = Arc::new(Fake::default());
     let weak: Weak<dyn Inspect> = Arc::<Fake>::downgrade(&fake);
     oracle.attach(weak);
     Bench { oracle, fake }
+}
+
+/// Whatever a test did, a check of the trace says the same.
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let bytes = self.oracle.trace();
+        let whole = TraceFile::from_bytes(&bytes).is_ok_and(|file| file.missing() == 0);
+        if !std::thread::panicking() && self.oracle.config.enabled && whole {
+            trace::same_offline(&self.oracle);
+        }
+    }
 }
 
 impl Bench {
@@ -158,7 +169,7 @@ fn a_stale_context_is_touched_and_a_made_up_one_unknown() {
     let d = ctx(4, 9);
     assert_eq!(bad("INVALIDATE", d, false), Some(("context/unknown-handle", Some(d.0), Some(VA))));
     let queue = Handle::new(Kind::Queue, 1, 1);
-    assert_eq!(bad("doorbell", queue, true), Some(("context/unknown-handle", None, Some(VA))));
+    assert_eq!(bad("DOORBELL", queue, true), Some(("context/unknown-handle", None, Some(VA))));
     bad("WRITE_PTE", Handle::new(Kind::TablePage, 1, 1), true);
     bad("FAULT_CANCEL", fault(2), false);
     bad("FAULT_CANCEL", Handle(0xffff), false);
@@ -439,7 +450,7 @@ fn the_list_is_bounded() {
     let b = bench_with(OracleConfig { max_violations: 3, ..OracleConfig::default() });
     for i in 0..10 {
         b.oracle.event(E::BadHandle {
-            op: "RELEASE",
+            op: "CTX_RELEASE",
             handle: ctx(i, 1),
             issued_before: true,
             by: None,

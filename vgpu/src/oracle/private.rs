@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use vgpu_spec::handle::Handle;
 use vgpu_spec::pte;
 
+use super::input::Input;
 use super::state::{Finding, State};
 use super::{Oracle, Rule};
 use crate::cpu::{Kind, Page, Space};
@@ -20,10 +21,10 @@ const PLACES_MOST: usize = 8;
 /// Where a page of VRAM was seen to be mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
-    mm: u64,
-    va: u64,
+    pub(super) mm: u64,
+    pub(super) va: u64,
     /// The frame that the CPU's entry named.
-    frame: u64,
+    pub(super) frame: u64,
 }
 
 /// By index of the page of VRAM.
@@ -35,25 +36,27 @@ fn is_private(page: &Page) -> bool {
 }
 
 impl State {
-    /// A leaf of VRAM was set where the CPU has a device-private entry.
-    fn learn(&mut self, ctx: Handle, va: u64, vram: u64, frame: u64) {
-        let Some(mm) = self.mm_of(ctx) else { return };
+    /// A leaf of VRAM was set where the CPU has a device-private entry. Whether that was not known.
+    pub(super) fn learn(&mut self, ctx: Handle, va: u64, vram: u64, frame: u64) -> bool {
+        let Some(mm) = self.mm_of(ctx) else { return false };
         let place = Place { mm, va: va >> pte::PAGE_SHIFT << pte::PAGE_SHIFT, frame };
         let index = vram >> pte::PAGE_SHIFT;
         if self.private.0.len() >= PAGES_MOST && !self.private.0.contains_key(&index) {
-            return;
+            return false;
         }
         let places = self.private.0.entry(index).or_default();
-        if !places.contains(&place) {
+        let new = !places.contains(&place);
+        if new {
             if places.len() == PLACES_MOST {
                 places.remove(0);
             }
             places.push(place);
         }
+        new
     }
 
     /// A page of VRAM is given back: where it was mapped, in living address spaces, and those spaces' top tables.
-    fn given_back(&mut self, page: Handle) -> Vec<(Place, u64)> {
+    pub(super) fn given_back(&mut self, page: Handle) -> Vec<(Place, u64)> {
         let places = self.private.0.remove(&page.index().into()).unwrap_or_default();
         let living = |place: Place| {
             let mm = self.mms.get(&place.mm).filter(|mm| !mm.released && mm.root != 0)?;
@@ -62,7 +65,7 @@ impl State {
         places.into_iter().filter_map(living).collect()
     }
 
-    fn outlived(&self, ctx: Handle, page: Handle, place: Place) -> Option<Finding> {
+    pub(super) fn outlived(&self, ctx: Handle, page: Handle, place: Place) -> Option<Finding> {
         // Its tables may have been freed while they were walked.
         self.mms.get(&place.mm).filter(|mm| !mm.released)?;
         let mm = self.mm_name(Some(place.mm));
@@ -86,14 +89,14 @@ impl Oracle {
     #[cold]
     pub(super) fn learn_private(&self, ctx: Handle, va: u64, vram: u64, page: &Page) {
         if is_private(page) {
-            self.state.lock().learn(ctx, va, vram, page.frame);
+            self.judge(&Input::Private { ctx, va, vram, frame: page.frame });
         }
     }
 
     /// A page of VRAM was given back, or its context ended with it.
     #[cold]
-    pub(super) fn data_returned(&self, ctx: Handle, page: Handle) {
-        let places = self.state.lock().given_back(page);
+    pub(super) fn data_returned(&self, ctx: Handle, page: Handle, input: &Input) {
+        let places = self.judge(input).places;
         if places.is_empty() {
             return;
         }
@@ -101,8 +104,7 @@ impl Oracle {
         for (place, root) in places {
             let now = Space { root, format }.settled(&memory, place.va);
             if is_private(&now) && now.frame == place.frame {
-                let finding = self.state.lock().outlived(ctx, page, place);
-                self.raise(finding.into_iter().collect());
+                self.judge(&Input::Outlived { ctx, page, place });
             }
         }
     }

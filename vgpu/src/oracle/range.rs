@@ -96,11 +96,6 @@ impl std::fmt::Display for Range {
 }
 
 impl Mm {
-    /// Forgets the invalidations that have come to their end.
-    pub(super) fn prune(&mut self, live: Live<'_>) {
-        self.active.retain(|range| live(range.slot, range.number));
-    }
-
     /// Whether rights over `va` are being changed now.
     pub(super) fn changing_rights(&self, va: u64) -> bool {
         self.active.iter().any(|range| range.event == spec::PROTECTION_VMA && range.covers(va, va))
@@ -115,8 +110,7 @@ impl Mm {
         self.active.iter().any(|range| range.demand() != Demand::Nothing)
     }
 
-    fn started(&mut self, range: Range, live: Live<'_>) {
-        self.prune(live);
+    fn started(&mut self, range: Range) {
         if self.active.len() < ACTIVE_MOST {
             self.active.push(range);
         }
@@ -131,6 +125,26 @@ impl Mm {
 }
 
 impl State {
+    /// Forgets the invalidations of an address space that have come to their end, as `live` says, and tells `over` of each: to
+    /// be called before what is judged by those under way.
+    pub(super) fn settle(&mut self, id: u64, live: Live<'_>, over: &mut dyn FnMut(u32, u64)) {
+        let Some(mm) = self.mms.get_mut(&id) else { return };
+        mm.active.retain(|range| {
+            let live = live(range.slot, range.number);
+            if !live {
+                over(range.slot, range.number);
+            }
+            live
+        });
+    }
+
+    /// One has come to its end.
+    pub(super) fn range_over(&mut self, id: u64, slot: u32, number: u64) {
+        if let Some(mm) = self.mms.get_mut(&id) {
+            mm.active.retain(|range| (range.slot, range.number) != (slot, number));
+        }
+    }
+
     /// Contexts of a living address space that can translate, as far as is known.
     fn translating(&self, id: u64) -> Vec<Handle> {
         let can = |(_, context): &(&u64, &super::state::Context)| {
@@ -143,13 +157,7 @@ impl State {
     }
 
     /// The start of an invalidation has returned 0. Returns the contexts to look at.
-    pub(super) fn range_started(
-        &mut self,
-        id: u64,
-        range: Range,
-        live: Live<'_>,
-        mirrors: &Mirrors,
-    ) -> Vec<Handle> {
+    pub(super) fn range_started(&mut self, id: u64, range: Range, mirrors: &Mirrors) -> Vec<Handle> {
         let Some(mm) = self.mms.get_mut(&id) else {
             self.bad_records += 1;
             return Vec::new();
@@ -158,7 +166,7 @@ impl State {
             return Vec::new();
         }
         self.ranges += 1;
-        mm.started(range, live);
+        mm.started(range);
         let contexts = self.translating(id);
         if range.demand() == Demand::Nothing {
             return Vec::new();
@@ -279,7 +287,6 @@ impl State {
     pub(super) fn leaf_attended(
         &mut self,
         (ctx, va, leaf): (Handle, u64, u64),
-        live: Live<'_>,
         mirrors: &Mirrors,
         found: &mut Vec<Finding>,
     ) {
@@ -290,7 +297,6 @@ impl State {
         let alive = matches!(context.after, After::Alive) && !context.released && !context.unnotified;
         let Some(id) = context.mm else { return };
         let Some(mm) = self.mms.get_mut(&id) else { return };
-        mm.prune(live);
         mirrors.attend(ctx, !quiet || mm.closed());
         if !alive || mm.released {
             return;

@@ -10,7 +10,7 @@ use vgpu_spec::witness::{self, Record};
 use vgpu_spec::{pte, range as spec};
 
 use super::DeviceEvent as E;
-use super::oracle_test::{Bench, PTE, VA, bench, ctx};
+use super::oracle_test::{Bench, PTE, VA, bench_with, ctx};
 use super::*;
 use crate::testing::anonymous_file;
 
@@ -23,10 +23,10 @@ const HERE: u64 = 0x8000_0000_1234_5867;
 const HERE_READ: u64 = HERE & !2;
 const ELSEWHERE: u64 = 0x8000_0000_2222_2867;
 
-struct Guest {
+pub(super) struct Guest {
     b: Bench,
     memory: Arc<SystemMemory>,
-    ctx: Handle,
+    pub(super) ctx: Handle,
 }
 
 impl std::ops::Deref for Guest {
@@ -37,8 +37,12 @@ impl std::ops::Deref for Guest {
 }
 
 /// A process of address space 1 that is mirrored, with tables at `RAM` in which nothing is mapped.
-fn guest() -> Guest {
-    let b = bench();
+pub(super) fn guest() -> Guest {
+    let b = bench_with(OracleConfig {
+        fault_heartbeats: 10,
+        trace_bytes: LEAST_BYTES,
+        ..OracleConfig::default()
+    });
     let memory = Arc::new(SystemMemory::new());
     memory.map(RAM, 0x10_000, &anonymous_file(0x10_000), 0, true).unwrap();
     b.oracle.attach_memory(memory.clone());
@@ -59,7 +63,7 @@ fn guest() -> Guest {
 }
 
 impl Guest {
-    fn tell(&self, kind: u32, mm: u64, arg: [u64; 4]) {
+    pub(super) fn tell(&self, kind: u32, mm: u64, arg: [u64; 4]) {
         self.oracle.witness(&Record { kind, mm, arg, tgid: 40, pid: 41, ..Record::default() });
     }
     fn put(&self, table: u64, level: u32, raw: u64) {
@@ -67,20 +71,20 @@ impl Guest {
         self.memory.snapshot().store_u64(at, raw).unwrap();
     }
     /// The CPU's entry for [`VA`].
-    fn cpu(&self, raw: u64) {
+    pub(super) fn cpu(&self, raw: u64) {
         self.put(RAM + 0x3000, 0, raw);
     }
     fn access(&self, leaf: u64, access: u32) {
         self.oracle.compare(self.ctx).expect("it is mirrored").page(VA, leaf, access);
     }
-    fn device(&self, view: RangeView) {
+    pub(super) fn device(&self, view: RangeView) {
         self.fake.1.lock().insert(self.ctx.0, view);
     }
-    fn start(&self, event: u32, slot: u64) {
+    pub(super) fn start(&self, event: u32, slot: u64) {
         self.memory.snapshot().store_u64(SLOTS + 8 * slot, 100 + slot).unwrap();
         self.tell(witness::RANGE_START, 1, [VA, VA + 0xfff, u64::from(event) | slot << 32, 100 + slot]);
     }
-    fn end(&self, slot: u64) {
+    pub(super) fn end(&self, slot: u64) {
         self.memory.snapshot().store_u64(SLOTS + 8 * slot, 0).unwrap();
     }
     /// One of two, of which nobody knows whose it was.
@@ -88,7 +92,7 @@ impl Guest {
         self.tell(witness::NOTIFIER_ADDED, 1, [2, 0, 0, 0]);
         self.tell(witness::NOTIFIER_REMOVED, 1, [2, 0, 0, 0]);
     }
-    fn leaf(&self, leaf: u64) {
+    pub(super) fn leaf(&self, leaf: u64) {
         self.oracle.event(E::LeafSet { ctx: self.ctx, va: Some(VA), pte: leaf });
     }
 }

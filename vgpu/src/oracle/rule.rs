@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The rules, by name. What each rests on and why it spares correct drivers is in docs/rules.md.
+//! The rules, by name. What each rests on and why it spares correct drivers is in docs/rules.
 
 use std::fmt;
 
@@ -15,7 +15,7 @@ macro_rules! rules {
         }
 
         impl Rule {
-            /// Every rule, in the order of docs/rules.md.
+            /// Every rule, in the order of docs/rules.
             pub const ALL: &'static [Rule] = &[$(Rule::$variant,)+];
 
             /// Its stable name, `group/what`.
@@ -139,6 +139,33 @@ mod tests {
     #[test]
     fn it_serialises_as_its_name() {
         assert_eq!(Serialized(Rule::ReleaseLate).to_string(), "release/late");
+    }
+
+    #[test]
+    fn every_rule_has_a_section_in_the_docs() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/rules");
+        let mut sections = Vec::new();
+        for page in std::fs::read_dir(folder).unwrap() {
+            let page = page.unwrap().path();
+            let text = std::fs::read_to_string(&page).unwrap();
+            let group = page.file_stem().unwrap().to_str().unwrap().to_owned();
+            let rules =
+                text.lines().filter_map(|line| line.strip_prefix("## ")).filter(|name| name.contains('/'));
+            sections.extend(rules.map(|name| (group.clone(), name.to_owned())));
+        }
+        for &rule in Rule::ALL {
+            let group = rule.name().split('/').next().unwrap().to_owned();
+            let mine = sections.iter().filter(|section| **section == (group.clone(), rule.name().to_owned()));
+            assert_eq!(mine.count(), 1, "docs/rules/{group}.md has no section {rule}");
+        }
+        let index = std::fs::read_to_string(format!("{folder}/README.md")).unwrap();
+        for (_, name) in sections {
+            assert!(
+                Rule::from_name(&name).is_some(),
+                "docs/rules speaks of {name}, and there is no such rule"
+            );
+            assert!(index.contains(&format!("`{name}`")), "docs/rules/README.md does not list {name}");
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ use super::trace::leaf_last;
 
 /// Address spaces, contexts or faults remembered at most; a guest that reports more loses the oldest.
 pub(super) const MAX_KEPT: usize = 1 << 16;
-/// Replays of one page's faults, raised after release, that a driver may have had under way. See docs/rules.md.
+/// Replays of one page's faults, raised after release, that a driver may have had under way. See docs/rules.
 const REPLAYS_AFTER_RELEASE: u32 = 16;
 /// Pages of a context for which those replays are counted.
 const MAX_REPLAY_PAGES: usize = 1024;
@@ -171,6 +171,8 @@ pub(super) struct State {
     /// Invalidations reported.
     pub(super) ranges: u64,
     pub(super) private: Private,
+    /// It does not know what was before its first event.
+    pub(super) late: bool,
 }
 
 impl State {
@@ -198,7 +200,14 @@ impl State {
             contexts_lost: 0,
             ranges: 0,
             private: Private::default(),
+            late: false,
         }
+    }
+
+    /// From now on it is taken for one that does not know what was before: what can only be judged from the beginning is not.
+    pub(super) fn came_late(&mut self) {
+        self.late = true;
+        self.gone = true;
     }
 
     pub(super) fn mm_of(&self, ctx: Handle) -> Option<u64> {
@@ -311,6 +320,7 @@ impl State {
             self.contexts.pop_first();
         }
         let seen = match (self.alive.first(), self.alive.len()) {
+            _ if self.late => Seen::Many,
             (None, _) => Seen::None,
             (Some(&mm), 1) => Seen::One(mm),
             _ => Seen::Many,
@@ -461,18 +471,19 @@ impl State {
         }
     }
 
-    /// An access of a watched context.
-    pub(super) fn access(&mut self, ctx: Handle, va: u64, frame: u64, found: &mut Vec<Finding>) {
+    /// An access of a watched context. Whether it is the first while the device is being asked.
+    pub(super) fn access(&mut self, ctx: Handle, va: u64, frame: u64, found: &mut Vec<Finding>) -> bool {
         if let Some(Context { after: After::Judging { access }, .. }) = self.contexts.get_mut(&ctx.0) {
+            let first = access.is_none();
             access.get_or_insert((va, frame & pte::ADDRESS));
-            return;
+            return first;
         }
-        let Some(context) = self.contexts.get(&ctx.0) else { return };
+        let Some(context) = self.contexts.get(&ctx.0) else { return false };
         let (rule, text) = match context.after {
             After::Alive | After::Clean if context.unnotified => {
                 (Rule::UnregisterTouch, "has no notifier any more, so that nobody tells of invalidations")
             }
-            After::Alive | After::Judging { .. } => return,
+            After::Alive | After::Judging { .. } => return false,
             After::Clean => (Rule::ReleaseRevived, "was released with nothing left"),
             After::Dirty(rule) => (rule, "was released"),
         };
@@ -481,6 +492,7 @@ impl State {
             self.finding(rule, ctx, Some(va), format!("{mm} {text}, but {ctx} accesses {va:#x}"));
         finding.frame = Some(frame & pte::ADDRESS);
         found.push(finding);
+        false
     }
 
     /// Contexts of which nobody knows whose they are or were.

@@ -85,7 +85,7 @@ pub struct OracleCounters {
     pub bad_records: u64,
     /// Associations refused: the context is not live, or is another address space's.
     pub bad_associations: u64,
-    /// Answers to faults that had been answered already: legal, see docs/rules.md.
+    /// Answers to faults that had been answered already: legal, see docs/rules.
     pub stale_answers: u64,
     /// Times that the witness began: once, or there was a time when nobody watched.
     pub witness_starts: u64,

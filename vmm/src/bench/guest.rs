@@ -76,6 +76,7 @@ pub(super) fn config(workloads: Vec<String>, seed: u64, oracle: bool) -> RunConf
         oracle,
         // What is measured is the way, not the waits.
         jitter: false,
+        trace_bytes: vgpu::oracle::DEFAULT_BYTES,
         out: None,
     }
 }

@@ -35,6 +35,18 @@ pub fn memory(text: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
+/// A size of a trace, within what one can have.
+pub fn trace(text: &str) -> Result<u64, String> {
+    let bytes = size(text)?;
+    if bytes < 1 << 20 {
+        return Err("a trace needs 1M at least".into());
+    }
+    if bytes > vgpu::oracle::MOST_BYTES {
+        return Err("at most 16G".into());
+    }
+    Ok(bytes)
+}
+
 /// A duration: `500ms`, `30s`, `2m`, `1h30m`. Units must be given.
 pub fn duration(text: &str) -> Result<Duration, String> {
     const WHAT: &str = "a duration is numbers with ms, s, m or h, such as 30s, 2m or 1h30m";

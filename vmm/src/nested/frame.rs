@@ -36,6 +36,8 @@ pub enum Frame {
     Event(Box<InnerEvent>),
     /// Inside to outside: what goes into the run's console.log.
     Log(Vec<u8>),
+    /// Inside to outside: the next part of the run's trace. Before the results, and not at all if there is no oracle.
+    Trace(Vec<u8>),
     /// Inside to outside: the run is over. The last frame from there.
     Results(Box<Results>),
     /// Inside to outside: how the machine ended that carries the outside's run. The last frame from there.
@@ -92,13 +94,14 @@ const INTERRUPT: u8 = 6;
 const RECEIVED: u8 = 7;
 const EXIT: u8 = 8;
 const NMI: u8 = 9;
+const TRACE: u8 = 10;
 
 /// The longest body of a kind; none for a kind that does not exist.
 fn longest(kind: u8) -> Option<usize> {
     match kind {
         HELLO => Some(4096),
         EVENT | EXIT => Some(MAX_EVENT),
-        LOG => Some(MAX_LOG),
+        LOG | TRACE => Some(MAX_LOG),
         RESULTS => Some(MAX_RESULTS),
         ALIVE | INTERRUPT | RECEIVED | NMI => Some(0),
         _ => None,
@@ -121,6 +124,7 @@ impl Frame {
             Self::Alive => (ALIVE, Vec::new()),
             Self::Event(event) => (EVENT, json(serde_json::to_vec(event))?),
             Self::Log(bytes) => (LOG, bytes.clone()),
+            Self::Trace(bytes) => (TRACE, bytes.clone()),
             Self::Results(results) => (RESULTS, json(serde_json::to_vec(results))?),
             Self::Exit(exit) => (EXIT, json(serde_json::to_vec(exit))?),
             Self::Nmi => (NMI, Vec::new()),
@@ -183,6 +187,7 @@ impl Frame {
             ALIVE => Self::Alive,
             EVENT => Self::Event(Box::new(serde_json::from_slice(&body).map_err(no_json)?)),
             LOG => Self::Log(body),
+            TRACE => Self::Trace(body),
             RESULTS => Self::Results(Box::new(serde_json::from_slice(&body).map_err(no_json)?)),
             EXIT => Self::Exit(Box::new(serde_json::from_slice(&body).map_err(no_json)?)),
             NMI => Self::Nmi,
@@ -216,6 +221,7 @@ mod tests {
         assert!(matches!(back(&Frame::Interrupt), Frame::Interrupt));
         assert!(matches!(back(&Frame::Received), Frame::Received));
         assert!(matches!(back(&Frame::Log(vec![0, 255, 10])), Frame::Log(bytes) if bytes == [0, 255, 10]));
+        assert!(matches!(back(&Frame::Trace(vec![0, 255])), Frame::Trace(bytes) if bytes == [0, 255]));
         assert!(
             matches!(back(&Frame::Results(Box::new(sample()))), Frame::Results(read) if *read == sample())
         );
@@ -243,7 +249,7 @@ mod tests {
 
     #[test]
     fn lengths_are_bounded_before_anything_is_read() {
-        for kind in [HELLO, ALIVE, EVENT, LOG, RESULTS, INTERRUPT, RECEIVED, 0, 8, 255] {
+        for kind in [HELLO, ALIVE, EVENT, LOG, TRACE, RESULTS, INTERRUPT, RECEIVED, 0, 8, 255] {
             let bytes = [kind, 255, 255, 255, 255];
             assert_eq!(
                 Frame::read(&mut bytes.as_slice()).unwrap_err().kind(),

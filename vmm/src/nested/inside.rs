@@ -192,7 +192,11 @@ fn carry_out(order: &Order, line: &Arc<Line>, interrupted: &AtomicBool) -> Resul
     let parts = parts(order);
     let initramfs = open(place::INITRAMFS)?;
     let (log, copier) = log(Arc::clone(line))?;
-    let outcome = runner::run_inside(&order.config, &parts, initramfs, log, line.as_ref(), interrupted);
+    let keep = |trace: &[u8]| {
+        trace.chunks(MAX_LOG).for_each(|part| line.send(&Frame::Trace(part.to_vec())));
+    };
+    let outcome =
+        runner::run_inside(&order.config, &parts, initramfs, log, &keep, line.as_ref(), interrupted);
     // All of the log is on the line before the results are. Its writing end went with the run.
     let _ = copier.join();
     Ok(outcome.results)

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use guest_protocol::Plan;
 use parking_lot::Mutex;
 use vgpu::gpu::GpuConfig;
+use vgpu::oracle::file_bytes;
 
 use super::frame::{Frame, Hello, InnerEvent, VERSION};
 use super::image::{self, Image};
@@ -122,6 +123,9 @@ impl Outside<'_> {
             line,
             console,
             log,
+            trace: None,
+            trace_bytes: 0,
+            trace_failed: false,
             hello: None,
             story: Story::new(self.plan),
             violations: Vec::new(),
@@ -157,9 +161,10 @@ pub(super) fn start_outer(
     functions: Vec<FunctionSlot>,
     console: ConsoleSink,
 ) -> Result<Box<dyn Machine>> {
-    // The inner guest's memory, its VRAM, and its files once more on their way into it. The archive is there twice while it is
-    // unpacked.
-    let memory = run.memory_bytes + GpuConfig::default().vram_bytes + 3 * image.bytes + OUTER_BYTES;
+    // The inner guest's memory, its VRAM, its files once more on their way into it, and the trace, in the end twice. The archive is
+    // there twice while it is unpacked.
+    let trace = if run.oracle { 2 * run.trace_bytes } else { 0 };
+    let memory = run.memory_bytes + GpuConfig::default().vram_bytes + 3 * image.bytes + trace + OUTER_BYTES;
     let iommu = if run.vfio.is_some() { " intel_iommu=on" } else { "" };
     let config = MachineConfig {
         kernel: kernel.image.clone(),
@@ -244,6 +249,10 @@ struct Following<'a> {
     line: UnixStream,
     console: Arc<Mutex<OuterConsole>>,
     log: Option<File>,
+    /// The run's trace, which comes at its end, and how much of it came.
+    trace: Option<File>,
+    trace_bytes: u64,
+    trace_failed: bool,
     hello: Option<Hello>,
     /// What the inner guest told, for the case that the results never come.
     story: Story,
@@ -389,6 +398,7 @@ impl Following<'_> {
                     self.log = None;
                 }
             }
+            (Frame::Trace(bytes), true) => self.trace(&bytes)?,
             (Frame::Results(mut theirs), true) => {
                 if let Err(why) = plausible(self.outside.config, &theirs) {
                     return Err(Lost::Outer(format!("its results cannot be this run's: {why}")));
@@ -400,6 +410,29 @@ impl Following<'_> {
             (Frame::Interrupt | Frame::Nmi | Frame::Received, true) => {
                 return out_of_turn("a frame of the host's");
             }
+        }
+        Ok(())
+    }
+
+    /// Takes the next part of the trace.
+    fn trace(&mut self, bytes: &[u8]) -> Result<(), Lost> {
+        self.trace_bytes += bytes.len() as u64;
+        if self.trace_bytes > file_bytes(self.outside.config.trace_bytes) {
+            return Err(Lost::Outer("it sent more of a trace than there can be".into()));
+        }
+        let Some(out) = self.outside.out.filter(|_| !self.trace_failed) else { return Ok(()) };
+        let written = match &mut self.trace {
+            Some(file) => file.write_all(bytes).map_err(|error| error.to_string()),
+            None => out.trace_copy().map_err(|failure| failure.to_string()).and_then(|mut file| {
+                file.write_all(bytes).map_err(|error| error.to_string())?;
+                self.trace = Some(file);
+                Ok(())
+            }),
+        };
+        // A full disk must not end the run; what is there is not whole, and says so itself.
+        if let Err(error) = written {
+            self.trace_failed = true;
+            self.notes.push(format!("the trace could not be kept: {error}"));
         }
         Ok(())
     }

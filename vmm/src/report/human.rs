@@ -13,7 +13,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use parking_lot::Mutex;
 
 use super::Reporter;
-use super::results::Results;
+use super::results::{Results, Verdict, ViolationRecord};
 use crate::console::lines::printk;
 use crate::event::{Event, EventSink};
 use crate::failure::Failure;
@@ -88,6 +88,16 @@ impl Human {
     /// The end of a run: workloads, what was checked, what was found, the verdict.
     pub(crate) fn end(&self, results: &Results) -> String {
         end::text(results, &|tone, text| self.paint(tone, text))
+    }
+
+    /// Violations, as at the end of a run.
+    pub(crate) fn violations(&self, violations: &[ViolationRecord]) -> String {
+        end::violations(violations, &|tone, text| self.paint(tone, text))
+    }
+
+    /// A verdict and its reasons, as at the end of a run.
+    pub(crate) fn verdict(&self, verdict: Verdict, reasons: &[String]) -> String {
+        end::verdict(verdict, reasons, &|tone, text| self.paint(tone, text))
     }
 
     /// `text` in the colour of `tone`, if there are colours.

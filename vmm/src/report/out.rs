@@ -2,7 +2,7 @@
 //! The folder of `--out`.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read as _, Write};
 use std::path::{Path, PathBuf};
 
 use super::junit;
@@ -11,6 +11,8 @@ use crate::failure::{Failure, Result};
 
 /// The console of the outer guest of a nested run.
 const OUTER_CONSOLE: &str = "console-outer.log";
+/// What the oracle judged.
+pub const TRACE: &str = "trace";
 
 /// A folder that results go to.
 #[derive(Clone, Debug)]
@@ -34,7 +36,7 @@ impl OutDir {
         let probe = dir.join(format!(".probe-{}", std::process::id()));
         File::create(&probe).map_err(refuse)?;
         fs::remove_file(&probe).map_err(refuse)?;
-        for name in ["results.json", "junit.xml", "console.log", OUTER_CONSOLE] {
+        for name in ["results.json", "junit.xml", "console.log", OUTER_CONSOLE, TRACE] {
             match fs::remove_file(dir.join(name)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(refuse(error)),
                 _ => {}
@@ -51,6 +53,34 @@ impl OutDir {
     /// Begins the log of an outer guest's console.
     pub fn outer_console_log(&self) -> Result<File> {
         self.log(OUTER_CONSOLE)
+    }
+
+    /// Begins the trace: a file of so many zeroes, with all its blocks there.
+    pub fn trace(&self, bytes: u64) -> Result<File> {
+        let path = self.dir.join(TRACE);
+        let refuse = |error: io::Error| {
+            Failure::environment(format!("cannot make {} of {bytes} bytes: {error}", path.display()))
+                .remedy("make room, or give a smaller --trace-bytes")
+        };
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
+        let file = file.map_err(refuse)?;
+        match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes) {
+            Ok(()) => Ok(file),
+            // A file system that cannot: the blocks are there once they have been written.
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
+                io::copy(&mut io::repeat(0).take(bytes), &mut &file).map_err(refuse)?;
+                Ok(file)
+            }
+            Err(error) => {
+                let _ = fs::remove_file(&path);
+                Err(refuse(error.into()))
+            }
+        }
+    }
+
+    /// Begins a trace that was written elsewhere.
+    pub fn trace_copy(&self) -> Result<File> {
+        self.log(TRACE)
     }
 
     fn log(&self, name: &str) -> Result<File> {

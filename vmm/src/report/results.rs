@@ -241,6 +241,12 @@ pub struct ViolationRecord {
 }
 
 impl ViolationRecord {
+    /// The record of one that was found in a trace: neither the workload nor the command is known there.
+    #[must_use]
+    pub fn of_trace(violation: &Violation) -> Self {
+        Self { replay: None, ..Self::new(violation, None, String::new()) }
+    }
+
     /// The record of a violation found in `workload`.
     #[must_use]
     pub fn new(violation: &Violation, workload: Option<String>, replay: String) -> Self {

@@ -64,6 +64,8 @@ pub struct RunConfig {
     pub oracle: bool,
     /// Let the device take its time now and then, by the seed.
     pub jitter: bool,
+    /// Bytes of the trace.
+    pub trace_bytes: u64,
     /// Folder of the results.
     pub out: Option<PathBuf>,
     /// More arguments for the guest's kernel.
@@ -132,6 +134,11 @@ impl RunConfig {
             return Err(Failure::usage("--shell: a nested guest's console cannot be typed on")
                 .remedy("use --exec 'COMMAND', or --shell without --nested"));
         }
+        if args.nested && args.trace_bytes > 1 << 30 {
+            return Err(Failure::usage(
+                "--trace-bytes: a nested run keeps its trace in the outer guest's memory, 1G at most",
+            ));
+        }
         if args.outer_cpus != 1 && !args.nested {
             return Err(Failure::usage("--outer-cpus belongs to --nested"));
         }
@@ -176,6 +183,7 @@ impl RunConfig {
             add: args.add,
             oracle: !args.no_oracle,
             jitter: true,
+            trace_bytes: args.trace_bytes,
             out: args.out,
             append: args.append,
             keep_going: args.keep_going,
@@ -284,6 +292,7 @@ impl RunConfig {
             add: Vec::new(),
             oracle: true,
             jitter: true,
+            trace_bytes: vgpu::oracle::DEFAULT_BYTES,
             out: None,
             append: None,
             vfio: None,

@@ -13,6 +13,7 @@ use vgpu::oracle::{Inspect, Oracle, OracleConfig, Violation};
 use vgpu::witness::{GuestSink, Witness};
 use vgpu_spec::regs::gpu::{FAULT_GET, FAULT_PUT};
 
+use super::RunConfig;
 use super::hang::Standing;
 use super::session::DeviceSide;
 use crate::failure::{Failure, Result};
@@ -66,6 +67,21 @@ impl Device {
     #[must_use]
     pub fn oracle(enabled: bool, config: &GpuConfig) -> Arc<Oracle> {
         Oracle::new(OracleConfig { enabled, contexts: config.contexts, ..OracleConfig::default() })
+    }
+
+    /// The oracle of a run, whose trace goes to `trace`, if it is to be kept.
+    pub(super) fn oracle_of(run: &RunConfig, device: &GpuConfig, trace: Option<File>) -> Result<Arc<Oracle>> {
+        let config = OracleConfig {
+            enabled: run.oracle,
+            contexts: device.contexts,
+            trace_bytes: run.trace_bytes,
+            ..OracleConfig::default()
+        };
+        match trace.filter(|_| run.oracle) {
+            None => Ok(Oracle::new(config)),
+            Some(file) => Oracle::with_trace(config, file, &run.command)
+                .map_err(|error| Failure::environment(format!("cannot map the trace: {error}"))),
+        }
     }
 
     /// Who decides on gates. Before the guest runs.

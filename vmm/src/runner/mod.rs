@@ -29,7 +29,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use guest_protocol::Plan;
 use vgpu::gpu::GpuConfig;
-use vgpu::oracle::{Oracle, Rule, Violation};
+use vgpu::oracle::{Oracle, Rule, Violation, file_bytes};
 
 pub use config::RunConfig;
 
@@ -150,6 +150,10 @@ fn make(
         return made;
     }
     let log = out.map(OutDir::console_log).transpose()?;
+    let trace = match out.filter(|_| config.oracle) {
+        Some(out) => TraceTo::File(out.trace(file_bytes(config.trace_bytes))?),
+        None => TraceTo::Nobody,
+    };
     let (mut limits, mut outer) = (limits(&parts), None);
     if carried {
         limits = crate::nested::limits(limits);
@@ -158,18 +162,19 @@ fn make(
         let log = out.map(OutDir::outer_console_log).transpose()?;
         outer = Some(Outer { kernel: outer_kernel(&parts, events)?, log });
     }
-    let given = Boot { parts: &parts, plan: &plan, initramfs, log, limits, accel: accel.accel, outer };
+    let given = Boot { parts: &parts, plan: &plan, initramfs, log, trace, limits, accel: accel.accel, outer };
     let made = follow(config, given, events.as_ref(), interrupted, results);
     with_kernel(results, &parts);
     made
 }
 
-/// Makes a run in an outer guest, from parts that lie there. Whatever happens, everything it started has ended when it returns.
+/// Makes a run in an outer guest, from parts that lie there. `keep` is given the trace in the end. Whatever happens, everything it started has ended when it returns.
 pub(crate) fn run_inside(
     config: &RunConfig,
     parts: &Parts,
     initramfs: File,
     log: File,
+    keep: &dyn Fn(&[u8]),
     events: &dyn EventSink,
     interrupted: &AtomicBool,
 ) -> Outcome {
@@ -184,8 +189,16 @@ pub(crate) fn run_inside(
         results.machine_version = Some(parts.machine().0);
         results.kernel.clone_from(&parts.kernel.release);
         let limits = crate::nested::limits(limits(parts));
-        let given =
-            Boot { parts, plan: &plan, initramfs, log: Some(log), limits, accel: accel.accel, outer: None };
+        let given = Boot {
+            parts,
+            plan: &plan,
+            initramfs,
+            log: Some(log),
+            trace: TraceTo::Keeper(keep),
+            limits,
+            accel: accel.accel,
+            outer: None,
+        };
         follow(config, given, events, interrupted, &mut results)
     };
     let failure = make().err();
@@ -209,12 +222,23 @@ fn limits(parts: &Parts) -> Limits {
     if parts.kernel.slow() { plain.slower(5) } else { plain }
 }
 
+/// Where a run's trace goes.
+enum TraceTo<'a> {
+    /// It is forgotten with the run.
+    Nobody,
+    /// To this file, as it is written.
+    File(File),
+    /// To whoever is given it in the end.
+    Keeper(&'a dyn Fn(&[u8])),
+}
+
 /// What a guest is booted from, and how long it may take.
 struct Boot<'a> {
     parts: &'a Parts,
     plan: &'a Plan,
     initramfs: File,
     log: Option<File>,
+    trace: TraceTo<'a>,
     limits: Limits,
     accel: Accel,
     /// The outer guest whose machine carries the run, if it is one that this process judges itself.
@@ -229,11 +253,16 @@ fn follow(
     interrupted: &AtomicBool,
     results: &mut Results,
 ) -> Result<()> {
-    let Boot { parts, plan, initramfs, log, limits, accel, outer } = boot;
+    let Boot { parts, plan, initramfs, log, trace, limits, accel, outer } = boot;
     let (queue, inputs) = sync_channel(QUEUE);
     let line = GuestLine::new(queue.clone());
     let size = GpuConfig { jitter: config.jitter.then_some(config.seed), ..GpuConfig::default() };
-    let oracle = Device::oracle(config.oracle, &size);
+    let (file, keep) = match trace {
+        TraceTo::Nobody => (None, None),
+        TraceTo::File(file) => (Some(file), None),
+        TraceTo::Keeper(keep) => (None, Some(keep).filter(|_| config.oracle)),
+    };
+    let oracle = Device::oracle_of(config, &size, file)?;
     let script = config.script()?;
     let hang = script.as_ref().is_some_and(|(scenario, _)| scenario.hang);
     let engine =
@@ -249,7 +278,14 @@ fn follow(
         line.follows(Arc::clone(engine));
     }
     let start = Instant::now();
-    let mut machine = start_machine(config, parts, &device, initramfs, accel, queue, outer)?;
+    let mut machine = match start_machine(config, parts, &device, initramfs, accel, queue, outer) {
+        Ok(machine) => machine,
+        Err(failure) => {
+            // Why is said elsewhere; a trace that cannot be closed is no worse than that.
+            let _ = oracle.finish(std::slice::from_ref(&failure.what));
+            return Err(failure);
+        }
+    };
     let session = Session::new(Given {
         machine: machine.as_mut(),
         device: &device,
@@ -273,6 +309,14 @@ fn follow(
         &end,
         &Seen { device: &device, oracle: &oracle, line: &line, finds: &finds, engine },
     );
+    let found = usize::from(results.verdict == Verdict::Violation);
+    let closed = oracle.finish(results.reasons.get(found..).unwrap_or_default());
+    if let Err(error) = closed {
+        results.notes.push(format!("the trace could not be closed: {error}"));
+    }
+    if let Some(keep) = keep {
+        keep(&oracle.trace());
+    }
     Ok(())
 }
 

@@ -26,30 +26,42 @@ pub(super) fn text(results: &Results, paint: Paint<'_>) -> String {
     for note in &results.notes {
         let _ = writeln!(text, "note: {note}");
     }
-    for (index, violation) in results.violations.iter().take(MAX_SHOWN).enumerate() {
-        show(&mut text, index + 1, results.violations.len(), violation, paint);
-    }
-    if results.violations.len() > MAX_SHOWN {
-        let _ =
-            writeln!(text, "\n{} more violations; --out DIR keeps all", results.violations.len() - MAX_SHOWN);
-    }
+    text.push_str(&violations(&results.violations, paint));
     if !results.console_tail.is_empty() {
         let _ = writeln!(text, "\nlast console lines:");
         for line in &results.console_tail {
             let _ = writeln!(text, "| {line}");
         }
     }
-    let tone = match results.verdict {
+    // Why a run could not be made is said on standard error, with what to do about it.
+    let reasons = if results.error.is_none() { results.reasons.as_slice() } else { &[] };
+    text.push_str(&verdict(results.verdict, reasons, paint));
+    text
+}
+
+/// What was found, the first ones in full.
+pub(super) fn violations(violations: &[ViolationRecord], paint: Paint<'_>) -> String {
+    let mut text = String::new();
+    for (index, violation) in violations.iter().take(MAX_SHOWN).enumerate() {
+        show(&mut text, index + 1, violations.len(), violation, paint);
+    }
+    if violations.len() > MAX_SHOWN {
+        let _ = writeln!(text, "\n{} more violations; --out DIR keeps all", violations.len() - MAX_SHOWN);
+    }
+    text
+}
+
+/// The verdict, and why.
+pub(super) fn verdict(verdict: Verdict, reasons: &[String], paint: Paint<'_>) -> String {
+    let mut text = String::new();
+    let tone = match verdict {
         Verdict::Clean => Tone::Good,
         Verdict::Violation => Tone::Bad,
         Verdict::Inconclusive | Verdict::Error => Tone::Doubtful,
     };
-    let _ = writeln!(text, "\n{}", paint(tone, &format!("verdict: {}", results.verdict.name())));
-    // Why a run could not be made is said on standard error, with what to do about it.
-    if results.error.is_none() {
-        for reason in &results.reasons {
-            let _ = writeln!(text, "  {reason}");
-        }
+    let _ = writeln!(text, "\n{}", paint(tone, &format!("verdict: {}", verdict.name())));
+    for reason in reasons {
+        let _ = writeln!(text, "  {reason}");
     }
     text
 }
