@@ -287,6 +287,9 @@ pub struct RunArgs {
     /// IOMMU
     #[arg(long, value_name = "BDF")]
     pub vfio: Option<String>,
+    /// What is accepted and why: a TOML file of [[allow]] entries with rule and reason (docs/using.md)
+    #[arg(long, value_name = "FILE")]
+    pub allow: Option<PathBuf>,
     /// Run to the end whatever is found; else a run ends ten seconds of guest time after its first violation
     #[arg(long)]
     pub keep_going: bool,

@@ -43,6 +43,9 @@ fn what_is_wrong_is_refused_by_name() {
         (&["check", "/nonexistent"], "/nonexistent"),
         (&["check", file], "no trace"),
         (&["check"], "TRACE"),
+        (&["run", "--allow", "/nonexistent"], "/nonexistent"),
+        (&["run", "--allow", file], "[[allow]]"),
+        (&["check", "--allow", file, "/nonexistent"], "[[allow]]"),
         (&["run", "--shell"], "terminal"),
         (&["run", "--shell", "--format", "jsonl"], "terminal"),
         (&["list", "everything"], "workloads"),
@@ -59,7 +62,6 @@ fn what_is_wrong_is_refused_by_name() {
 fn what_this_version_lacks_is_said() {
     for arguments in [
         &["run", "--inject", "x"][..],
-        &["run", "--allow", "x"],
         &["run", "--format", "ktap"],
         &["run", "--format", "junit"],
         &["campaign", "run"],

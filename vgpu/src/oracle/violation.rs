@@ -25,6 +25,9 @@ pub struct Violation {
     pub events: Vec<String>,
     /// The command that finds it again; filled in by the runner.
     pub replay: Option<String>,
+    /// Why it is accepted, if it is; filled in by the runner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allowed: Option<String>,
     /// How often it was seen.
     pub count: u64,
 }
@@ -41,6 +44,7 @@ impl Violation {
             summary: summary.into(),
             events: Vec::new(),
             replay: None,
+            allowed: None,
             count: 1,
         }
     }

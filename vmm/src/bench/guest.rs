@@ -77,6 +77,7 @@ pub(super) fn config(workloads: Vec<String>, seed: u64, oracle: bool) -> RunConf
         // What is measured is the way, not the waits.
         jitter: false,
         trace_bytes: vgpu::oracle::DEFAULT_BYTES,
+        allow: None,
         out: None,
     }
 }

@@ -13,7 +13,8 @@ use vgpu::oracle::{Checked, TraceFile, check};
 use crate::failure::{Failure, FailureKind, Result};
 use crate::report::human::Human;
 use crate::report::out::TRACE;
-use crate::report::results::{Verdict, ViolationRecord};
+use crate::report::results::{AllowedRecord, Verdict, ViolationRecord};
+use crate::runner::allow::{Allow, Kernel};
 use crate::runner::untrusted;
 
 /// Arguments of `check`.
@@ -22,6 +23,9 @@ pub struct CheckArgs {
     /// The trace of a run, or the folder that it wrote with --out
     #[arg(value_name = "TRACE")]
     pub trace: PathBuf,
+    /// What is accepted, as for `run`; entries of a workload or a kernel do not fit here, a trace knows neither
+    #[arg(long, value_name = "FILE")]
+    pub allow: Option<PathBuf>,
     /// As one JSON object
     #[arg(long)]
     pub json: bool,
@@ -42,6 +46,7 @@ struct Report {
     /// Events that gave way to newer ones.
     events_lost: u64,
     violations: Vec<ViolationRecord>,
+    allowed: Vec<AllowedRecord>,
 }
 
 /// Judges a trace and prints what was found; the exit status is that of the verdict.
@@ -49,8 +54,9 @@ struct Report {
 /// # Errors
 /// Usage if the file cannot be read or is no whole trace.
 pub fn print(args: &CheckArgs, human: &Human, out: &mut dyn Write) -> Result<u8> {
+    let allow = args.allow.as_deref().map(Allow::read).transpose()?;
     let path = if args.trace.is_dir() { args.trace.join(TRACE) } else { args.trace.clone() };
-    let report = judge(&path)?;
+    let report = judge(&path, allow.as_ref())?;
     let text = if args.json {
         let json = serde_json::to_string(&report);
         json.map_err(|error| Failure::environment(format!("cannot write JSON: {error}")))? + "\n"
@@ -65,7 +71,7 @@ pub fn print(args: &CheckArgs, human: &Human, out: &mut dyn Write) -> Result<u8>
     }
 }
 
-fn judge(path: &Path) -> Result<Report> {
+fn judge(path: &Path, allow: Option<&Allow>) -> Result<Report> {
     let bad = |why: String| {
         Failure::usage(format!("{}: {why}", path.display()))
             .remedy("name the file `trace` in a folder that `run --out DIR` has written")
@@ -73,10 +79,10 @@ fn judge(path: &Path) -> Result<Report> {
     let file = File::open(path).map_err(|error| bad(error.to_string()))?;
     let trace = TraceFile::open(&file).map_err(|error| bad(error.to_string()))?;
     let checked = check(&trace).map_err(|error| bad(error.to_string()))?;
-    Ok(report(&trace, checked))
+    Ok(report(&trace, checked, allow))
 }
 
-fn report(trace: &TraceFile<'_>, checked: Checked) -> Report {
+fn report(trace: &TraceFile<'_>, checked: Checked, allow: Option<&Allow>) -> Report {
     let mut gaps = checked.gaps;
     if trace.missing() > 0 {
         gaps.push(format!(
@@ -92,10 +98,18 @@ fn report(trace: &TraceFile<'_>, checked: Checked) -> Report {
     }
     let mut run = trace.about().to_owned();
     untrusted::tame_text(&mut run);
-    let mut violations = Vec::new();
+    let (mut violations, mut allowed) = (Vec::new(), Vec::new());
     for mut violation in checked.violations {
         untrusted::tame_violation(&mut violation);
-        violations.push(ViolationRecord::of_trace(&violation));
+        let entry = allow.and_then(|allow| {
+            let at = allow.entry(&violation, None, Kernel { name: "", release: "" })?;
+            allow.entries.get(at)
+        });
+        let record = ViolationRecord::of_trace(&violation);
+        match entry {
+            Some(entry) => allowed.push(AllowedRecord { violation: record, reason: entry.reason.clone() }),
+            None => violations.push(record),
+        }
     }
     let (verdict, mut reasons) = if violations.is_empty() {
         (if gaps.is_empty() { Verdict::Clean } else { Verdict::Inconclusive }, Vec::new())
@@ -124,6 +138,7 @@ fn report(trace: &TraceFile<'_>, checked: Checked) -> Report {
         events: checked.events,
         events_lost: trace.missing(),
         violations,
+        allowed,
     }
 }
 
@@ -132,6 +147,10 @@ fn text(report: &Report, human: &Human) -> String {
     // Writing to a String cannot fail.
     let _ = writeln!(text, "trace of: {}", report.run);
     let _ = writeln!(text, "{} events judged", report.events);
+    for allowed in &report.allowed {
+        let record = &allowed.violation;
+        let _ = writeln!(text, "allowed {}: {} ({})", record.rule, record.summary, allowed.reason);
+    }
     text + &human.violations(&report.violations) + &human.verdict(report.verdict, &report.reasons)
 }
 
@@ -159,7 +178,8 @@ mod tests {
 
     fn checked(path: &Path, json: bool) -> (u8, String) {
         let mut out = Vec::new();
-        let status = print(&CheckArgs { trace: path.to_owned(), json }, &Human::new(), &mut out).unwrap();
+        let args = CheckArgs { trace: path.to_owned(), allow: None, json };
+        let status = print(&args, &Human::new(), &mut out).unwrap();
         (status, String::from_utf8(out).unwrap())
     }
 
@@ -192,6 +212,13 @@ mod tests {
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
         assert_eq!((status, &json["verdict"]), (1, &"violation".into()));
         assert_eq!(json["violations"][0]["rule"], "kernel/oops");
+        let list = folder.path().join("allow.toml");
+        std::fs::write(&list, "[[allow]]\nrule = \"kernel/oops\"\nreason = \"known\"\n").unwrap();
+        let mut out = Vec::new();
+        let args = CheckArgs { trace: path, allow: Some(list), json: false };
+        // Not closed, and so not clean.
+        assert_eq!(print(&args, &Human::new(), &mut out).unwrap(), 3);
+        assert!(String::from_utf8(out).unwrap().contains("(known)"));
         // The ring came round.
         run(folder.path(), Some(&[]), |oracle| (0..400_000).for_each(|_| reset(oracle)));
         let (status, text) = checked(folder.path(), false);
@@ -202,7 +229,7 @@ mod tests {
     fn what_is_no_trace_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let refused = |path: &Path, said: &str| {
-            let args = CheckArgs { trace: path.to_owned(), json: false };
+            let args = CheckArgs { trace: path.to_owned(), allow: None, json: false };
             let failure = print(&args, &Human::new(), &mut Vec::new()).unwrap_err();
             assert_eq!(failure.kind, FailureKind::Usage);
             assert!(failure.to_string().contains(said), "{failure}");

@@ -12,9 +12,6 @@ pub struct LaterOptions {
     /// (not in this version)
     #[arg(long, hide = true, value_name = "SPEC")]
     pub inject: Vec<String>,
-    /// (not in this version)
-    #[arg(long, hide = true, value_name = "FILE")]
-    pub allow: Option<String>,
 }
 
 /// Refuses what this version does not have.
@@ -24,7 +21,6 @@ pub fn refuse(run: &RunArgs) -> Result<()> {
         (run.format == FormatName::Ktap, "--format ktap", "--format human or jsonl"),
         (run.format == FormatName::Junit, "--format junit", "--out DIR, which gets a junit.xml"),
         (!later.inject.is_empty(), "--inject", ""),
-        (later.allow.is_some(), "--allow", ""),
     ];
     match refused.iter().find(|(given, ..)| *given) {
         None => Ok(()),

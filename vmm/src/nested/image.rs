@@ -99,6 +99,9 @@ fn absolute(config: &RunConfig) -> RunConfig {
     for add in &mut config.add {
         add.host = whole(&add.host);
     }
+    if let Some(allow) = &mut config.allow {
+        allow.file = whole(&allow.file);
+    }
     // There is no such folder inside.
     config.out = None;
     config

@@ -25,7 +25,7 @@ use crate::machine::qemu::{self, Port};
 use crate::machine::{Accel, ConsoleSink, FunctionSlot, Machine, MachineConfig, MachineExit};
 use crate::provision::{Cache, Kernel, Provisioner};
 use crate::report::out::OutDir;
-use crate::report::results::{Results, SCHEMA_VERSION, Verdict, ViolationRecord};
+use crate::report::results::{AllowedRecord, Results, SCHEMA_VERSION, Verdict, ViolationRecord};
 use crate::runner::RunConfig;
 use crate::runner::parts::Parts;
 use crate::runner::story::Story;
@@ -129,6 +129,7 @@ impl Outside<'_> {
             hello: None,
             story: Story::new(self.plan),
             violations: Vec::new(),
+            allowed: Vec::new(),
             results: None,
             notes: Vec::new(),
             begin: Instant::now(),
@@ -257,6 +258,7 @@ struct Following<'a> {
     /// What the inner guest told, for the case that the results never come.
     story: Story,
     violations: Vec<ViolationRecord>,
+    allowed: Vec<AllowedRecord>,
     results: Option<Box<Results>>,
     /// What is worth knowing about the outer guest.
     notes: Vec<String>,
@@ -454,10 +456,14 @@ impl Following<'_> {
             }
             InnerEvent::Violation { mut violation } => {
                 untrusted::tame_violation(&mut violation);
-                if self.violations.len() < MAX_VIOLATIONS {
+                if self.violations.len() + self.allowed.len() < MAX_VIOLATIONS {
                     let workload = self.story.workload().map(str::to_owned);
                     let replay = violation.replay.clone().unwrap_or_default();
-                    self.violations.push(ViolationRecord::new(&violation, workload, replay));
+                    let record = ViolationRecord::new(&violation, workload, replay);
+                    match violation.allowed.clone() {
+                        Some(reason) => self.allowed.push(AllowedRecord { violation: record, reason }),
+                        None => self.violations.push(record),
+                    }
                 }
                 Event::Violation { violation }
             }
@@ -491,6 +497,7 @@ impl Following<'_> {
         };
         results.workloads = self.story.results(&why);
         results.console_tail = self.console.lock().console.tail(TAIL_LINES);
+        results.allowed = std::mem::take(&mut self.allowed);
         if self.violations.is_empty() {
             let mut failure = Failure::inconclusive(why);
             failure.console_tail.clone_from(&results.console_tail);
@@ -535,6 +542,8 @@ fn adopt(results: &mut Results, theirs: Results) -> Result<()> {
     results.exec_status = theirs.exec_status;
     results.counters = theirs.counters;
     results.violations = theirs.violations;
+    results.allowed = theirs.allowed;
+    results.allow_unneeded = theirs.allow_unneeded;
     results.boot_complaints = theirs.boot_complaints;
     results.notes.extend(theirs.notes);
     results.module_texts = theirs.module_texts;

@@ -24,6 +24,14 @@ pub fn annotations(results: &Results) -> String {
         let more = results.violations.len() - MOST;
         let _ = writeln!(text, "::error title=more violations::{more} more are in results.json");
     }
+    for allowed in results.allowed.iter().take(MOST) {
+        let record = &allowed.violation;
+        let sentence = format!("{}\nallowed: {}", record.summary, allowed.reason);
+        let _ = writeln!(text, "::notice title=allowed {}::{}", property(&record.rule), data(&sentence));
+    }
+    for unneeded in results.allow_unneeded.iter().take(MOST) {
+        let _ = writeln!(text, "::warning title=allow list::{}", data(unneeded));
+    }
     let level = match results.verdict {
         Verdict::Clean | Verdict::Violation => None,
         Verdict::Inconclusive => Some("warning"),
@@ -91,6 +99,14 @@ pub fn summary(results: &Results) -> String {
         ("witness probes missed", c.probes_missed),
     ] {
         let _ = writeln!(text, "| {what} | {count} |");
+    }
+    for allowed in results.allowed.iter().take(MOST) {
+        let record = &allowed.violation;
+        let (rule, summary, reason) = (cell(&record.rule), cell(&record.summary), cell(&allowed.reason));
+        let _ = writeln!(text, "\n- allowed {rule}: {summary} ({reason})");
+    }
+    for unneeded in results.allow_unneeded.iter().take(MOST) {
+        let _ = writeln!(text, "- {}", cell(unneeded));
     }
     for violation in results.violations.iter().take(MOST) {
         let _ = writeln!(text, "\n#### {}\n\n{}\n", cell(&violation.rule), cell(&sentence(violation)));

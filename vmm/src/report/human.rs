@@ -317,6 +317,11 @@ impl EventSink for Human {
             }
             Event::Guest { message } => self.guest(&mut state, message),
             Event::Violation { violation } => {
+                if let Some(reason) = &violation.allowed {
+                    let word = self.paint(Tone::Doubtful, "allowed");
+                    self.print(&format!("{word} {}: {} ({reason})", violation.rule, violation.summary));
+                    return;
+                }
                 state.violations += 1;
                 if state.violations <= 20 {
                     let word = self.paint(Tone::Bad, "violation");

@@ -47,6 +47,15 @@ pub fn report(results: &Results) -> Result<String, SerializeError> {
     };
     let mut case = TestCase::new("hmm-testbench.verdict", status);
     case.set_classname("hmm-testbench");
+    let mut said: Vec<String> = Vec::new();
+    for allowed in &results.allowed {
+        let record = &allowed.violation;
+        said.push(format!("allowed {}: {} ({})", record.rule, record.summary, allowed.reason));
+    }
+    said.extend(results.allow_unneeded.iter().map(|unneeded| format!("warning: {unneeded}")));
+    if !said.is_empty() {
+        case.set_system_out(said.join("\n"));
+    }
     suite.add_test_case(case);
     report.add_test_suite(suite);
     report.to_string()
@@ -73,6 +82,7 @@ mod tests {
         assert!(xml.contains("hmm-testbench.release"));
         assert!(xml.contains("hmm-testbench.verdict"));
         assert!(xml.contains("release/late"));
+        assert!(xml.contains("allowed release/late: left one (exit"));
         assert!(xml.contains("a &lt;b&gt; &amp;"));
         assert!(!xml.contains('\u{1}'));
     }

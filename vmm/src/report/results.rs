@@ -95,6 +95,12 @@ pub struct Results {
     pub counters: Counters,
     /// What was found.
     pub violations: Vec<ViolationRecord>,
+    /// What was found and is accepted, by the list of `--allow`.
+    #[serde(default)]
+    pub allowed: Vec<AllowedRecord>,
+    /// Entries of that list that could have been needed and were not, in words.
+    #[serde(default)]
+    pub allow_unneeded: Vec<String>,
     /// Complaints of the kernel from before the driver was loaded. They are not the driver's.
     pub boot_complaints: Vec<String>,
     /// Things worth knowing that are no reason for the verdict.
@@ -240,6 +246,16 @@ pub struct ViolationRecord {
     pub replay: Option<String>,
 }
 
+/// A violation that is accepted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AllowedRecord {
+    /// It.
+    #[serde(flatten)]
+    pub violation: ViolationRecord,
+    /// Why.
+    pub reason: String,
+}
+
 impl ViolationRecord {
     /// The record of one that was found in a trace: neither the workload nor the command is known there.
     #[must_use]
@@ -321,6 +337,11 @@ pub(crate) mod tests {
             scenario: None,
             counters: Counters { accesses: 1, ..Counters::default() },
             violations: vec![ViolationRecord::new(&violation, Some("release".into()), "replay".into())],
+            allowed: vec![AllowedRecord {
+                violation: ViolationRecord::new(&violation, None, "replay".into()),
+                reason: "exit's UNMAP does it".into(),
+            }],
+            allow_unneeded: vec!["a.toml:9: kernel/warn was allowed and did not happen".into()],
             boot_complaints: vec![],
             notes: vec!["note".into()],
             module_texts: BTreeMap::new(),

@@ -9,6 +9,7 @@ use clap::builder::PossibleValue;
 use guest_protocol::{Extent, UNPLUG_WORKLOAD, WORKLOADS};
 use serde::{Deserialize, Serialize};
 
+use super::allow::Allow;
 use super::{plan, replay};
 use crate::cli::units::Add;
 use crate::cli::vfio::Vfio;
@@ -72,6 +73,8 @@ pub struct RunConfig {
     pub append: Option<String>,
     /// A device of the host for the guest.
     pub vfio: Option<Vfio>,
+    /// What is accepted.
+    pub allow: Option<Allow>,
     /// Run to the end whatever is found.
     pub keep_going: bool,
     /// The scenario, which is one of the workloads by its name.
@@ -186,6 +189,7 @@ impl RunConfig {
             trace_bytes: args.trace_bytes,
             out: args.out,
             append: args.append,
+            allow: args.allow.as_deref().map(Allow::read).transpose()?,
             keep_going: args.keep_going,
             scenario,
             scenario_file: args.scenario,
@@ -296,6 +300,7 @@ impl RunConfig {
             out: None,
             append: None,
             vfio: None,
+            allow: None,
             keep_going: false,
             scenario: None,
             scenario_file: None,

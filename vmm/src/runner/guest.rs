@@ -106,13 +106,13 @@ pub struct Finds {
 }
 
 impl Finds {
-    /// Follows `oracle`; the violations come out of the receiver with the command that finds them again.
+    /// Follows `oracle`; the violations come out of the receiver with what `complete` knows of them and their workload.
     ///
     /// The oracle's list is bounded, and so is what is kept here.
     pub fn follow(
         oracle: &Oracle,
         line: Arc<GuestLine>,
-        replay: impl Fn(Option<&str>) -> String + Send + Sync + 'static,
+        complete: impl Fn(&mut Violation, Option<&str>) + Send + Sync + 'static,
     ) -> (Arc<Self>, Receiver<Violation>) {
         let finds = Arc::new(Self::default());
         let (sender, receiver): (Sender<Violation>, _) = channel();
@@ -121,7 +121,7 @@ impl Finds {
             let workload = line.workload.lock().clone();
             line.found(violation.rule.name());
             let mut violation = violation.clone();
-            violation.replay = Some(replay(workload.as_deref()));
+            complete(&mut violation, workload.as_deref());
             kept.finds.lock().push((violation.clone(), workload));
             let _ = sender.send(violation);
         }));

@@ -2,6 +2,7 @@
 //! A run: parts, device, machine, guest, verdict.
 
 pub mod accel;
+pub mod allow;
 pub mod config;
 pub mod device;
 pub mod guest;
@@ -48,7 +49,7 @@ use crate::nested::carried::Outer;
 use crate::nested::outside::{Outside, outer_kernel};
 use crate::provision::module_name;
 use crate::report::out::OutDir;
-use crate::report::results::{ErrorRecord, Results, SCHEMA_VERSION, Verdict, ViolationRecord};
+use crate::report::results::{AllowedRecord, ErrorRecord, Results, SCHEMA_VERSION, Verdict, ViolationRecord};
 use device::Device;
 use guest::{Finds, GuestLine};
 use parts::Parts;
@@ -268,9 +269,12 @@ fn follow(
     let engine =
         script.map(|(scenario, script)| Engine::new(&scenario.name, script, config.gate_order.clone()));
     let (replay, orders) = (config.clone(), engine.clone());
-    let (finds, violations) = Finds::follow(&oracle, Arc::clone(&line), move |workload| {
+    let kernel = parts.kernel.release.clone();
+    let (finds, violations) = Finds::follow(&oracle, Arc::clone(&line), move |violation, workload| {
         let order = orders.as_ref().and_then(|engine| engine.order());
-        replay::command_in_order(&replay, workload, order)
+        violation.replay = Some(replay::command_in_order(&replay, workload, order));
+        violation.allowed =
+            allowed(&replay, &kernel, violation, workload).map(|(_, entry)| entry.reason.clone());
     });
     let device = Device::new(Arc::clone(&oracle), size, line.clone())?;
     if let Some(engine) = &engine {
@@ -365,6 +369,43 @@ struct Seen<'a> {
     engine: Option<&'a Engine>,
 }
 
+/// The entry of the allow list that a violation falls under, and its number.
+fn allowed<'c>(
+    config: &'c RunConfig,
+    release: &str,
+    violation: &Violation,
+    workload: Option<&str>,
+) -> Option<(usize, &'c allow::Entry)> {
+    let allow = config.allow.as_ref()?;
+    let at = allow.entry(violation, workload, allow::Kernel { name: &config.kernel, release })?;
+    Some((at, allow.entries.get(at)?))
+}
+
+/// What was found, apart from what is accepted; and what is said of entries that were not needed, those first that must have been.
+fn sort_out(config: &RunConfig, results: &mut Results, seen: &Seen<'_>) -> Vec<String> {
+    let release = results.kernel.clone();
+    let mut needed = Vec::new();
+    for violation in &seen.oracle.violations() {
+        let workload = seen.finds.workload(violation);
+        let order = seen.engine.and_then(Engine::order);
+        let replay = replay::command_in_order(config, workload.as_deref(), order);
+        let entry = allowed(config, &release, violation, workload.as_deref());
+        let record = ViolationRecord::new(violation, workload.clone(), replay);
+        match entry {
+            Some((at, entry)) => {
+                needed.push(at);
+                results.allowed.push(AllowedRecord { violation: record, reason: entry.reason.clone() });
+            }
+            None => results.violations.push(record),
+        }
+    }
+    let Some(allow) = &config.allow else { return Vec::new() };
+    let kernel = allow::Kernel { name: &config.kernel, release: &release };
+    let unneeded = allow.unneeded(&needed, &config.workloads, kernel);
+    results.allow_unneeded = unneeded.iter().map(|entry| allow.say(entry)).collect();
+    unneeded.iter().filter(|entry| entry.always).map(|entry| allow.say(entry)).collect()
+}
+
 fn conclude(config: &RunConfig, results: &mut Results, end: &End, seen: &Seen<'_>) {
     let mut counters = seen.device.counters();
     counters.probes_missed = counters.probes_missed.max(seen.line.missed());
@@ -377,9 +418,10 @@ fn conclude(config: &RunConfig, results: &mut Results, end: &End, seen: &Seen<'_
         (None, None) => "the guest did not say that it ended".to_owned(),
     };
     results.workloads = end.story.results(&why);
-    let violations: Vec<Violation> = seen.oracle.violations();
+    let unneeded = sort_out(config, results, seen);
     let evidence = Evidence {
-        broken: violations.iter().map(|violation| violation.rule.name().to_owned()).collect(),
+        broken: results.violations.iter().map(|violation| violation.rule.clone()).collect(),
+        unneeded,
         oracle: config.oracle,
         hello: seen.line.hello_seen(),
         counters,
@@ -405,15 +447,6 @@ fn conclude(config: &RunConfig, results: &mut Results, end: &End, seen: &Seen<'_
     results.exec_status = end.story.exec_status;
     results.scenario = seen.engine.map(Engine::result);
     results.counters = counters;
-    results.violations = violations
-        .iter()
-        .map(|violation| {
-            let workload = seen.finds.workload(violation);
-            let order = seen.engine.and_then(Engine::order);
-            let replay = replay::command_in_order(config, workload.as_deref(), order);
-            ViolationRecord::new(violation, workload, replay)
-        })
-        .collect();
     if let Some(kernel) = &end.story.kernel {
         results.kernel.clone_from(kernel);
     }
@@ -483,6 +516,8 @@ pub(crate) fn blank(config: &RunConfig) -> Results {
         scenario: None,
         counters: Default::default(),
         violations: Vec::new(),
+        allowed: Vec::new(),
+        allow_unneeded: Vec::new(),
         boot_complaints: Vec::new(),
         notes: Vec::new(),
         module_texts: BTreeMap::new(),

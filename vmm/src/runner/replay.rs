@@ -107,6 +107,9 @@ pub fn command_in_order(config: &RunConfig, workload: Option<&str>, order: Optio
         // As one word, since it may begin with a hyphen.
         words.push(format!("--append={append}"));
     }
+    if let Some(allow) = &config.allow {
+        words.extend(["--allow".into(), absolute(&allow.file)]);
+    }
     if !config.oracle {
         words.push("--no-oracle".into());
     }

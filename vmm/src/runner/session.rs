@@ -234,7 +234,9 @@ impl<'a> Session<'a> {
 
     fn violations(&mut self, violations: &Receiver<Violation>) {
         for violation in violations.try_iter() {
-            self.violated_at.get_or_insert(self.heartbeats);
+            if violation.allowed.is_none() {
+                self.violated_at.get_or_insert(self.heartbeats);
+            }
             if violation.rule == Rule::FaultUnanswered && self.unanswered.is_none() {
                 // Whoever should have answered may still be found at it.
                 self.watch.suspect();

@@ -43,13 +43,16 @@ pub(crate) fn tame(message: &mut Message) {
 /// The same for a violation that another testbench, in an outer guest, reports.
 pub(crate) fn tame_violation(violation: &mut Violation) {
     tame_text(&mut violation.summary);
-    let others = [&mut violation.context_name, &mut violation.replay];
+    let others = [&mut violation.context_name, &mut violation.replay, &mut violation.allowed];
     others.into_iter().flatten().chain(&mut violation.events).for_each(tame_text);
 }
 
 /// And for its results.
 pub(crate) fn tame_results(results: &mut Results) {
-    for violation in &mut results.violations {
+    results.allow_unneeded.iter_mut().for_each(tame_text);
+    results.allowed.iter_mut().for_each(|allowed| tame_text(&mut allowed.reason));
+    let allowed = results.allowed.iter_mut().map(|allowed| &mut allowed.violation);
+    for violation in results.violations.iter_mut().chain(allowed) {
         tame_text(&mut violation.rule);
         tame_text(&mut violation.summary);
         let others = [&mut violation.context_name, &mut violation.workload, &mut violation.replay];

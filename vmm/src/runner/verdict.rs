@@ -32,6 +32,8 @@ pub struct Evidence {
     pub interrupted: bool,
     /// Messages that could not be read: what they said is not known.
     pub garbled: u64,
+    /// What is said of entries of the allow list that must have been needed and were not.
+    pub unneeded: Vec<String>,
     /// What failed outside of the workloads.
     pub loose: Vec<String>,
     /// Why it is not certain that a scenario went as it was written.
@@ -87,6 +89,10 @@ fn doubts(evidence: &Evidence) -> Vec<String> {
     doubts.extend(evidence.loose.iter().cloned());
     if !gone {
         doubts.extend(evidence.scenario.iter().cloned());
+    }
+    // One that is gone or was cut short may not have got so far.
+    if evidence.done {
+        doubts.extend(evidence.unneeded.iter().cloned());
     }
     match evidence.exec_status {
         Some(0) => {}
@@ -207,8 +213,9 @@ mod tests {
 
     #[test]
     fn whatever_was_not_seen_is_inconclusive() {
-        let changes: [fn(&mut Evidence); 19] = [
+        let changes: [fn(&mut Evidence); 20] = [
             |e| e.scenario.push("a gate was not come to".into()),
+            |e| e.unneeded.push("a.toml:1: release/late was allowed and did not happen".into()),
             |e| e.hello = false,
             |e| e.counters.heartbeats = 0,
             |e| e.counters.probes_missed = 1,

@@ -26,6 +26,7 @@ pub(super) fn text(results: &Results, paint: Paint<'_>) -> String {
     for note in &results.notes {
         let _ = writeln!(text, "note: {note}");
     }
+    allowed(&mut text, results, paint);
     text.push_str(&violations(&results.violations, paint));
     if !results.console_tail.is_empty() {
         let _ = writeln!(text, "\nlast console lines:");
@@ -37,6 +38,21 @@ pub(super) fn text(results: &Results, paint: Paint<'_>) -> String {
     let reasons = if results.error.is_none() { results.reasons.as_slice() } else { &[] };
     text.push_str(&verdict(results.verdict, reasons, paint));
     text
+}
+
+fn allowed(text: &mut String, results: &Results, paint: Paint<'_>) {
+    if !results.allowed.is_empty() {
+        let _ = writeln!(text, "\n{}", paint(Tone::Doubtful, "allowed"));
+    }
+    for allowed in &results.allowed {
+        let record = &allowed.violation;
+        let times = if record.count > 1 { format!(", {} times", record.count) } else { String::new() };
+        let _ =
+            writeln!(text, "  {}{times}: {}\n    because: {}", record.rule, record.summary, allowed.reason);
+    }
+    for unneeded in &results.allow_unneeded {
+        let _ = writeln!(text, "{}: {unneeded}", paint(Tone::Doubtful, "warning"));
+    }
 }
 
 /// What was found, the first ones in full.
@@ -193,6 +209,8 @@ mod tests {
     fn the_end_says_it_all() {
         let text = text(&sample(), &|_, text| text.to_owned());
         for part in [
+            "because: exit's UNMAP does it",
+            "warning: a.toml:9",
             "release   not-run",
             "not run: guest died",
             "violation 1 of 1: release/late",
