@@ -164,7 +164,8 @@ mod tests {
         results.violations[0].summary = "100% bad\n::error::forged\r\n| <b>".into();
         results.violations[0].events = vec!["a\n\n# heading".into()];
         let annotations = annotations(&results);
-        assert_eq!(annotations.lines().count(), 1, "{annotations}");
+        // The violation, what is allowed, and what was allowed in vain.
+        assert_eq!(annotations.lines().count(), 3, "{annotations}");
         assert!(
             annotations.starts_with("::error title=kernel/oops%2Cfile=x%3A%3Ay::100%25 bad%0A"),
             "{annotations}"
@@ -187,6 +188,8 @@ mod tests {
     fn a_run_without_a_verdict_is_a_warning_or_an_error() {
         let mut results = sample();
         results.violations.clear();
+        results.allowed.clear();
+        results.allow_unneeded.clear();
         results.reasons = vec!["guest died".into()];
         results.verdict = Verdict::Inconclusive;
         assert_eq!(annotations(&results), "::warning title=hmm-testbench: inconclusive::guest died\n");
