@@ -81,9 +81,13 @@ impl<'a> Gates<'a> {
     }
 
     /// Sets up the gates of a scenario. What is not there is skipped if it may be, else the scenario cannot be tried here.
-    pub(crate) fn set_up(&self, plan: &ScenarioPlan) -> Checked<GatesUp<'a>> {
+    ///
+    /// The kernel looks through all its functions for each; under emulation that may take seconds. `told` is called after each, so
+    /// that nobody takes it for a hang.
+    pub(crate) fn set_up(&self, plan: &ScenarioPlan, told: &dyn Fn(u64)) -> Checked<GatesUp<'a>> {
         let up = GatesUp(*self);
-        for site in &plan.sites {
+        for (done, site) in plan.sites.iter().enumerate() {
+            told(done as u64);
             let record = if site.record { SITE_RECORD } else { 0 };
             let watch = if site.watch { SITE_WATCH } else { 0 };
             match self.add(site.id, record | watch, &site.place, &site.gives)? {
@@ -247,7 +251,7 @@ mod tests {
         assert!(gates.hold("return:hmm_range_fault", "").unwrap().is_none());
         assert!(gates.role("a-role-that-is-too-long").is_err());
         let plan = ScenarioPlan::default();
-        gates.set_up(&plan).unwrap().arm(0, 1).unwrap();
+        gates.set_up(&plan, &|_| ()).unwrap().arm(0, 1).unwrap();
     }
 
     #[test]

@@ -79,7 +79,11 @@ pub(crate) fn run(plan: &WorkloadPlan, scenario: &ScenarioPlan, ground: &Ground<
     };
     // Once a process.
     let name: &'static str = plan.name.clone().leak();
-    let up = match ground.gates.set_up(scenario) {
+    let told = |done| {
+        let total = Some(scenario.sites.len() as u64);
+        ground.sink.send(&Message::Progress { workload: format!("{name}, its gates"), done, total });
+    };
+    let up = match ground.gates.set_up(scenario, &told) {
         Ok(up) => up,
         Err(failure) => {
             let mut round = Round::of(ground, name, plan.seed, 0);
@@ -122,6 +126,8 @@ fn repeat(
     };
     let mut told = Instant::now();
     let mut done = 0;
+    // To make the gates may have taken longer than a scenario that may hang is given: its patience begins here.
+    ground.sink.send(&Message::Progress { workload: name.to_owned(), done, total });
     while ground.board.failed() < PATIENCE {
         let more = match (total, until) {
             (Some(total), _) => done < total,

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The three threads of the thread: an invalidation, an unregister, a migration.
 
+use std::sync::Barrier;
+
 use nix::sys::mman::MmapAdvise;
 use vgpu_spec::uapi::{Act, act as op};
 
@@ -33,20 +35,27 @@ fn three(stage: &Stage<'_>, migrate: u32) -> Checked {
         map.fill(0, PAGE, pattern);
         own.check(map, 0, PAGE, pattern)?;
     }
-    let thread = |role: &str, body: &dyn Fn() -> Checked| {
-        let gate = role.to_lowercase();
+    // All have started and allocated before the first goes on: the allocator may want the mmap lock for writing, which C holds.
+    let started = Barrier::new(3);
+    let thread = |[role, gate, done]: [&str; 3], body: &dyn Fn() -> Checked| {
+        drop(std::hint::black_box(Box::new([0_u8; 256])));
+        started.wait();
         stage.gates.role(role)?;
-        stage.gates.point(&gate)?;
+        stage.gates.point(gate)?;
         body()?;
-        stage.gates.point(&format!("{gate}-done"))?;
+        stage.gates.point(done)?;
         stage.gates.role("")
     };
     std::thread::scope(|scope| {
-        let a = scope
-            .spawn(|| thread("A", &|| dropped.advise(0, PAGE, MmapAdvise::MADV_DONTNEED).doing("madvise")));
-        let b = scope.spawn(|| thread("B", &|| other.file().unbind().doing("unbind")));
-        let c = scope
-            .spawn(|| thread("C", &|| act(own.file(), Act { op: migrate, fd: 0, addr: migrated.at(0) })));
+        let a = scope.spawn(|| {
+            let drop_page = || dropped.advise(0, PAGE, MmapAdvise::MADV_DONTNEED).doing("madvise");
+            thread(["A", "a", "a-done"], &drop_page)
+        });
+        let b = scope.spawn(|| thread(["B", "b", "b-done"], &|| other.file().unbind().doing("unbind")));
+        let c = scope.spawn(|| {
+            let migrate_page = || act(own.file(), Act { op: migrate, fd: 0, addr: migrated.at(0) });
+            thread(["C", "c", "c-done"], &migrate_page)
+        });
         [a, b, c].into_iter().try_for_each(join)
     })?;
     // What was dropped is zeros, what was migrated is what it was: to both.
