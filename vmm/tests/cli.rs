@@ -111,11 +111,13 @@ fn lists() {
     assert!(
         json.as_array().unwrap().iter().all(|entry| entry["rule"].is_string() && entry["path"].is_string())
     );
-    for kind in ["scenarios", "inject", "gates"] {
-        let (status, json, stderr) = run(&["list", kind, "--json"]);
-        assert_eq!((status, json.trim()), (Some(0), "[]"));
-        assert!(stderr.contains("none in this version"));
+    for (kind, member) in [("scenarios", "fault-under-invalidate"), ("gates", "hmm_range_fault")] {
+        let (status, text, _) = run(&["list", kind]);
+        assert!(status == Some(0) && text.contains(member), "{kind}: {text}");
     }
+    let (status, json, stderr) = run(&["list", "inject", "--json"]);
+    assert_eq!((status, json.trim()), (Some(0), "[]"));
+    assert!(stderr.contains("none in this version"));
 }
 
 #[test]
