@@ -82,6 +82,11 @@ pub(crate) fn set_sysctls() {
     for (name, value) in SYSCTLS {
         let _ = std::fs::write(Path::new("/proc/sys").join(name), value);
     }
+    // With lockdep every lock costs many times as much: on a busy host one probe takes half a minute to be set. Hangs are judged by
+    // heartbeats long before.
+    if Path::new("/proc/lockdep").exists() {
+        let _ = std::fs::write("/proc/sys/kernel/hung_task_timeout_secs", "120");
+    }
 }
 
 /// Loads a module.
