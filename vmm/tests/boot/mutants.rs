@@ -54,6 +54,6 @@ fn a_folder_of_other_peoples_patches_is_tried() {
 #[test]
 fn correct_drivers_are_not_accused() {
     let _one = machine();
-    let finished = plain(binary().args(["mutants", "--benign", "region-notifiers"]));
+    let finished = plain(binary().args(["mutants", "--benign", "check-twice"]));
     finished.expect_status(0).expect_said("clean").expect_said("1 of 1 clean, 0 accused");
 }

@@ -32,7 +32,7 @@ fn a_device_that_is_taken_away_or_reset_under_open_files_does_no_harm() {
     let finished = run(["removal", "--seed", "9", "--iterations", "2"]);
     finished.expect_status(0);
     let removal = &finished.results["workloads"][0];
-    assert_eq!((removal["cases"].as_u64(), removal["skipped"].as_u64()), (Some(12), Some(0)), "{removal}");
+    assert_eq!((removal["cases"].as_u64(), removal["skipped"].as_u64()), (Some(17), Some(0)), "{removal}");
 }
 
 /// Huge pages, memory taken from a dying process by invalidations that must not sleep, a process killed for its memory: the
