@@ -148,6 +148,9 @@ fn witness_doubts(evidence: &Evidence, gone: bool, doubts: &mut Vec<String>) {
     }
     if counters.accesses == 0 {
         doubts.push("no evidence: the device made no access".to_owned());
+    } else if counters.address_spaces == 0 && counters.unassociated_contexts == 0 {
+        // A driver may try its device out by itself.
+        doubts.push("no evidence: the device made no access for any process".to_owned());
     }
 }
 
@@ -160,7 +163,7 @@ mod tests {
             oracle: true,
             hello: true,
             done: true,
-            counters: Counters { accesses: 10, heartbeats: 10, ..Counters::default() },
+            counters: Counters { accesses: 10, address_spaces: 1, heartbeats: 10, ..Counters::default() },
             workloads: vec![WorkloadResult {
                 name: "access".into(),
                 seed: 1,
