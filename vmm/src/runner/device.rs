@@ -24,6 +24,9 @@ use crate::report::results::Counters;
 /// The GPU's name on a machine.
 pub const GPU: &str = "gpu";
 
+/// Violations kept at most where some are accepted.
+const WITH_ALLOWED: usize = 2000;
+
 /// GPU, witness and oracle, connected to each other.
 pub struct Device {
     gpu: Arc<Gpu>,
@@ -71,11 +74,14 @@ impl Device {
 
     /// The oracle of a run, whose trace goes to `trace`, if it is to be kept.
     pub(super) fn oracle_of(run: &RunConfig, device: &GpuConfig, trace: Option<File>) -> Result<Arc<Oracle>> {
+        let default = OracleConfig::default();
         let config = OracleConfig {
             enabled: run.oracle,
             contexts: device.contexts,
             trace_bytes: run.trace_bytes,
-            ..OracleConfig::default()
+            // What is accepted must not fill the list before what is not.
+            max_violations: if run.allow.is_some() { WITH_ALLOWED } else { default.max_violations },
+            ..default
         };
         match trace.filter(|_| run.oracle) {
             None => Ok(Oracle::new(config)),

@@ -422,6 +422,7 @@ fn conclude(config: &RunConfig, results: &mut Results, end: &End, seen: &Seen<'_
     let evidence = Evidence {
         broken: results.violations.iter().map(|violation| violation.rule.clone()).collect(),
         unneeded,
+        unkept: if results.allowed.is_empty() { 0 } else { seen.oracle.counters().suppressed },
         oracle: config.oracle,
         hello: seen.line.hello_seen(),
         counters,

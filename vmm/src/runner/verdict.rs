@@ -34,6 +34,8 @@ pub struct Evidence {
     pub garbled: u64,
     /// What is said of entries of the allow list that must have been needed and were not.
     pub unneeded: Vec<String>,
+    /// Violations that were not kept, where others were accepted: nobody knows what they were.
+    pub unkept: u64,
     /// What failed outside of the workloads.
     pub loose: Vec<String>,
     /// Why it is not certain that a scenario went as it was written.
@@ -89,6 +91,9 @@ fn doubts(evidence: &Evidence) -> Vec<String> {
     doubts.extend(evidence.loose.iter().cloned());
     if !gone {
         doubts.extend(evidence.scenario.iter().cloned());
+    }
+    if evidence.unkept > 0 {
+        doubts.push(format!("{} violations were not kept beside those that are allowed", evidence.unkept));
     }
     // One that is gone or was cut short may not have got so far.
     if evidence.done {
@@ -216,8 +221,9 @@ mod tests {
 
     #[test]
     fn whatever_was_not_seen_is_inconclusive() {
-        let changes: [fn(&mut Evidence); 20] = [
+        let changes: [fn(&mut Evidence); 21] = [
             |e| e.scenario.push("a gate was not come to".into()),
+            |e| e.unkept = 1,
             |e| e.unneeded.push("a.toml:1: release/late was allowed and did not happen".into()),
             |e| e.hello = false,
             |e| e.counters.heartbeats = 0,

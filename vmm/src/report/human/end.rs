@@ -44,11 +44,14 @@ fn allowed(text: &mut String, results: &Results, paint: Paint<'_>) {
     if !results.allowed.is_empty() {
         let _ = writeln!(text, "\n{}", paint(Tone::Doubtful, "allowed"));
     }
-    for allowed in &results.allowed {
+    for allowed in results.allowed.iter().take(MAX_SHOWN) {
         let record = &allowed.violation;
         let times = if record.count > 1 { format!(", {} times", record.count) } else { String::new() };
         let _ =
             writeln!(text, "  {}{times}: {}\n    because: {}", record.rule, record.summary, allowed.reason);
+    }
+    if results.allowed.len() > MAX_SHOWN {
+        let _ = writeln!(text, "  {} more; --out DIR keeps all", results.allowed.len() - MAX_SHOWN);
     }
     for unneeded in &results.allow_unneeded {
         let _ = writeln!(text, "{}: {unneeded}", paint(Tone::Doubtful, "warning"));
