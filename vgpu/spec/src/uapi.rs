@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The ioctls of the reference driver (`/dev/hmm_vgpu`) and of the witness (`/dev/hmm_witness`), as Rust sees them.
 //!
-//! The C side is guest/include/hmm_vgpu_uapi.h; a test holds the layouts against each other.
+//! The C side is guest/include/hmm_vgpu_uapi.h. Each size is part of its ioctl's number, so a layout of another size is refused.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 

@@ -203,7 +203,10 @@ impl Compare<'_> {
         for _ in 0..PAGES_MOST {
             let page = self.walk(at);
             if judge(leaf, at, access, &page, self.oracle.config.coherent_atomics) != Verdict::Good {
-                self.look_again(at, leaf, access, unused);
+                // A leaf that was set is in doubt as a whole: not each of its pages by itself, for a command waits here.
+                if self.look_again(at, leaf, access, unused) == Verdict::Absent && unused {
+                    return;
+                }
             } else if unused && leaf & pte::VRAM != 0 {
                 self.oracle.learn_private(self.ctx, at, leaf_address(leaf, at), &page);
             }
@@ -217,12 +220,13 @@ impl Compare<'_> {
 
     /// It did not agree: walks until the CPU's entry stands still, and has it judged if it still does not.
     #[cold]
-    fn look_again(&self, va: u64, leaf: u64, access: u32, unused: bool) {
+    fn look_again(&self, va: u64, leaf: u64, access: u32, unused: bool) -> Verdict {
         let page = self.space.settled(&self.memory, va);
         let verdict = judge(leaf, va, access, &page, self.oracle.config.coherent_atomics);
         if verdict != Verdict::Good {
             self.oracle.mismatch(Mismatch { ctx: self.ctx, va, leaf, access, unused, page, verdict });
         }
+        verdict
     }
 
     /// A leaf was set: it must be right before it is used.

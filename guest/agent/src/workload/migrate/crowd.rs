@@ -71,15 +71,20 @@ fn sums(device: &dyn Device, rng: &mut Rng) -> Checked {
         }
         tickets.into_iter().try_for_each(|ticket| context.wait(ticket)?.ok().map(drop))
     })?;
+    sums_are_right(&map, WORDS, JOBS, ADDS)
+}
+
+/// A word a page: the device has added 1 to each `jobs` times, the CPU 2^32 to some `adds` times in all, and nothing was lost.
+pub(super) fn sums_are_right(map: &Mapping, words: usize, jobs: u64, adds: u64) -> Checked {
     let mut total = 0;
-    for word in 0..WORDS {
+    for word in 0..words {
         let found = map.load(word * PAGE);
-        require(found & 0xffff_ffff == JOBS, || {
-            format!("word {word} was added to {JOBS} times by the device, and is {found:#x}")
+        require(found & 0xffff_ffff == jobs, || {
+            format!("word {word} was added to {jobs} times by the device, and is {found:#x}")
         })?;
         total += found >> 32;
     }
-    require(total == ADDS, || format!("the CPU has added {ADDS} times, and {total} are there"))
+    require(total == adds, || format!("the CPU has added {adds} times, and {total} are there"))
 }
 
 /// The device checks, the CPU reads, a third migrates: nobody may ever see anything but the pattern.

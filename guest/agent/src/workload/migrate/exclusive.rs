@@ -5,7 +5,7 @@ use std::path::Path;
 
 use nix::sys::mman::MmapAdvise;
 
-use super::crowd::meanwhile;
+use super::crowd::{meanwhile, sums_are_right};
 use super::{Round, To, migrate};
 use crate::client::{Context, Job};
 use crate::device::Device;
@@ -59,15 +59,7 @@ fn sums(device: &dyn Device, rng: &mut Rng) -> Checked {
         }
         tickets.into_iter().try_for_each(|ticket| context.wait(ticket)?.ok().map(drop))
     })?;
-    let mut total = 0;
-    for word in 0..WORDS {
-        let found = map.load(word * PAGE);
-        require(found & 0xffff_ffff == JOBS, || {
-            format!("word {word} was added to {JOBS} times by the device, and is {found:#x}")
-        })?;
-        total += found >> 32;
-    }
-    require(total == ADDS, || format!("the CPU has added {ADDS} times, and {total} are there"))
+    sums_are_right(&map, WORDS, JOBS, ADDS)
 }
 
 /// The page is taken away, changed or migrated while it is exclusive.
