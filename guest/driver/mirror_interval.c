@@ -175,6 +175,9 @@ static int vgpu_mirror_look(struct vgpu_ctx *ctx, const struct vgpu_fault *fault
 	w->range.end = end;
 	w->must = (page - start) >> PAGE_SHIFT;
 	w->wanted = (min(wanted, end) - page) >> PAGE_SHIFT;
+	/* Of a hugetlb page HMM looks at what is asked of the first only. */
+	if (vma->vm_flags & VM_HUGETLB)
+		page = start;
 	for (i = 0; i < (end - start) >> PAGE_SHIFT; i++) {
 		unsigned long at = start + (i << PAGE_SHIFT);
 

@@ -378,6 +378,8 @@ int vgpu_pt_map_huge(struct vgpu_ctx *ctx, unsigned long va, unsigned long hmm_p
 
 	if (!t)
 		return -ENOMEM;
+	if (!vgpu_pt_usable(ctx, hmm_pfn))
+		return -EFAULT;
 	if (vgpu_pte_huge(t, i) && vgpu_pt_same(t, i, pfn, rights))
 		return 0;
 	vgpu_pt_zap(ctx, base, base + VGPU_HUGE_SIZE - 1, true);
