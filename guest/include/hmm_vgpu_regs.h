@@ -280,6 +280,10 @@
 #define WITNESS_REC_RANGE_SLOTS 0x16
 /* Answer to a question: arg0 address, arg1 physical address, arg2 context's handle, as in the question, arg3 the invalidation's number. The page is not dirty, and dropping it loses what is in it. */
 #define WITNESS_REC_PAGE_CLEAN 0x17
+/* The running task declares a range of its address space stable: arg0 first address, arg1 last (inclusive). Until its end it stays mapped and can be read and written. */
+#define WITNESS_REC_STABLE_BEGIN 0x1e
+/* The declaration of arg0 to arg1 ends: arg2 1 = it was kept, 0 = it is taken back. */
+#define WITNESS_REC_STABLE_END 0x1f
 
 /* Invalidations in witness records */
 /* Event: addresses are unmapped. The numbers are the kernel's enum mmu_notifier_event. */

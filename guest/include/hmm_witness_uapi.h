@@ -116,4 +116,26 @@ struct hmm_witness_local {
 #define HMM_WITNESS_GATE_LOCAL \
 	_IOWR(HMM_WITNESS_MAGIC, 8, struct hmm_witness_local)
 
+/**
+ * struct hmm_witness_stable - a range of addresses that is promised to be stable
+ * @start: first address
+ * @last: last address, inclusive
+ * @kept: at the end: the promise was kept; 0 takes it back
+ */
+struct hmm_witness_stable {
+	__u64 start;
+	__u64 last;
+	__u64 kept;
+};
+
+/*
+ * Begins and ends a promise: the range of the caller's address space stays
+ * mapped and can be read and written, so that no fault of the device in it may
+ * be fatal. EINVAL: it ends before it begins. ESRCH, ENODEV: as above.
+ */
+#define HMM_WITNESS_STABLE_BEGIN \
+	_IOW(HMM_WITNESS_MAGIC, 16, struct hmm_witness_stable)
+#define HMM_WITNESS_STABLE_END \
+	_IOW(HMM_WITNESS_MAGIC, 17, struct hmm_witness_stable)
+
 #endif

@@ -127,6 +127,24 @@ static long chardev_local(struct file *file, void __user *user)
 	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
 }
 
+static long chardev_stable(const void __user *from, u32 kind)
+{
+	struct hmm_witness_stable arg;
+	long ret;
+
+	if (copy_from_user(&arg, from, sizeof(arg)))
+		return -EFAULT;
+	if (arg.start > arg.last)
+		return -EINVAL;
+
+	if (mutex_lock_interruptible(&message_lock))
+		return -ERESTARTSYS;
+	ret = message ? mm_table_stable(current->mm, kind, arg.start, arg.last,
+					arg.kept) : -ENODEV;
+	mutex_unlock(&message_lock);
+	return ret;
+}
+
 static long chardev_ioctl(struct file *file, unsigned int cmd,
 			  unsigned long arg)
 {
@@ -144,6 +162,12 @@ static long chardev_ioctl(struct file *file, unsigned int cmd,
 		return chardev_point((const void __user *)arg);
 	case HMM_WITNESS_GATE_LOCAL:
 		return chardev_local(file, (void __user *)arg);
+	case HMM_WITNESS_STABLE_BEGIN:
+		return chardev_stable((const void __user *)arg,
+				      WITNESS_REC_STABLE_BEGIN);
+	case HMM_WITNESS_STABLE_END:
+		return chardev_stable((const void __user *)arg,
+				      WITNESS_REC_STABLE_END);
 	default:
 		return -ENOTTY;
 	}

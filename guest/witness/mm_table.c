@@ -400,6 +400,30 @@ int mm_table_associate(const struct mm_struct *mm, u64 ctx)
 }
 
 /**
+ * mm_table_stable - report what the running task promises of its memory
+ * @mm: the running task's mm
+ * @kind: WITNESS_REC_STABLE_BEGIN or WITNESS_REC_STABLE_END
+ * @start: first address
+ * @last: last address
+ * @kept: at the end: it was kept
+ *
+ * Return: 0, or -ESRCH if the mm has no id.
+ */
+int mm_table_stable(const struct mm_struct *mm, u32 kind, u64 start, u64 last,
+		    u64 kept)
+{
+	struct mirrored_mm *entry;
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&table_lock, flags);
+	entry = find(mm);
+	if (entry)
+		witness_report(kind, entry->id, start, last, kept, 0);
+	raw_spin_unlock_irqrestore(&table_lock, flags);
+	return entry ? 0 : -ESRCH;
+}
+
+/**
  * mm_table_judged - is there anything to judge in an invalidation?
  * @mm: of this mm
  *

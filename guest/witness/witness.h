@@ -44,6 +44,8 @@ bool mm_table_awaits_unmap(const struct mm_struct *mm);
 void mm_table_unmapped(const struct mm_struct *mm);
 void mm_table_end(const struct mm_struct *mm);
 int mm_table_associate(const struct mm_struct *mm, u64 ctx);
+int mm_table_stable(const struct mm_struct *mm, u32 kind, u64 start, u64 last,
+		    u64 kept);
 void mm_table_report_stranded(void);
 u64 mm_table_judged(const struct mm_struct *mm);
 u64 mm_table_missed(void);

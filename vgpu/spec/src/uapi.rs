@@ -172,6 +172,18 @@ pub struct Act {
     pub addr: u64,
 }
 
+/// `HMM_WITNESS_STABLE_BEGIN` (nr 16, write) and `HMM_WITNESS_STABLE_END` (nr 17, write): until the end the caller's range stays mapped and can be read and written, so that no fault of the device in it may be fatal. EINVAL if it ends before it begins, ESRCH as for ASSOCIATE.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Stable {
+    /// First address.
+    pub start: u64,
+    /// Last address, inclusive.
+    pub last: u64,
+    /// At the end: 1 if the promise was kept, so that what was found counts; 0 if it is taken back.
+    pub kept: u64,
+}
+
 /// `HMM_WITNESS_ASSOCIATE` (nr 1, write): the caller's address space is mirrored by this context. ESRCH if the witness has seen no notifier for it.
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

@@ -75,6 +75,10 @@ crate::constants! {
     RANGE_SLOTS: u32 = 22;
     /// Answer to a question: arg0 address, arg1 physical address, arg2 context's handle, as in the question, arg3 the invalidation's number. The page is not dirty, and dropping it loses what is in it.
     PAGE_CLEAN: u32 = 23;
+    /// The running task declares a range of its address space stable: arg0 first address, arg1 last (inclusive). Until its end it stays mapped and can be read and written.
+    STABLE_BEGIN: u32 = 30;
+    /// The declaration of arg0 to arg1 ends: arg2 1 = it was kept, 0 = it is taken back.
+    STABLE_END: u32 = 31;
 }
 
 /// How x86-64 writes an entry that is not present and not zero, by `arch/x86/include/asm/pgtable_64.h` of 6.1, 6.12 and 7.3,

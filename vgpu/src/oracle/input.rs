@@ -185,6 +185,7 @@ impl State {
                 found.extend(self.dirty_lost(mm, Handle(ctx), va, frame));
             }
             witness::MM_STRANDED => self.stranded(mm, found),
+            witness::STABLE_BEGIN | witness::STABLE_END => self.stable_record(record, found),
             witness::BYE => self.bye(record.arg[0], found),
             // Which frames are device-private is for the walk of the CPU's tables to know.
             witness::RANGE_SLOTS

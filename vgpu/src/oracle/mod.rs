@@ -19,6 +19,7 @@ mod moments;
 mod private;
 mod range;
 mod rule;
+mod stable;
 mod state;
 mod trace;
 mod violation;
@@ -31,6 +32,8 @@ mod oracle_test;
 mod range_test;
 #[cfg(test)]
 mod release_test;
+#[cfg(test)]
+mod stable_test;
 
 pub use check::{Checked, check};
 pub use event::{ContextView, DeviceEvent, Inspect, Leak, RangeView};

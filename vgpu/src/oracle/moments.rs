@@ -34,6 +34,7 @@ impl State {
         self.hellos += 1;
         self.mms.clear();
         self.alive.clear();
+        self.stable = Default::default();
         self.gone = false;
         for context in self.contexts.values_mut() {
             context.mm = None;
@@ -211,6 +212,7 @@ impl State {
                 self.pair(id, ctx, false, watched);
             }
             self.releases += 1;
+            self.stable.released(id);
             self.alive.remove(&id);
         }
         if let Some(mm) = self.mms.get_mut(&id) {

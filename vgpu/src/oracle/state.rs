@@ -150,6 +150,8 @@ pub(super) struct State {
     pub(super) faults: BTreeMap<u64, Fault>,
     /// Faults whose answer was heard of before they were.
     pub(super) answered: BTreeSet<u64>,
+    /// What the workload has declared stable.
+    pub(super) stable: super::stable::Stable,
     /// The witness has said goodbye.
     pub(super) gone: bool,
     /// The driver has turned the device off, and has not bound a context since.
@@ -184,6 +186,7 @@ impl State {
             alive: BTreeSet::new(),
             faults: BTreeMap::new(),
             answered: BTreeSet::new(),
+            stable: Default::default(),
             gone: false,
             off: false,
             heartbeats: 0,
@@ -229,6 +232,7 @@ impl State {
     /// Applies an event of the device.
     pub(super) fn device(&mut self, event: &DeviceEvent, watched: &Watched, found: &mut Vec<Finding>) {
         use DeviceEvent as E;
+        self.stable_event(event);
         match *event {
             E::ContextBound { ctx, tag } => {
                 self.bind(ctx, watched);

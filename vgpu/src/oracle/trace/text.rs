@@ -29,7 +29,9 @@ pub(super) fn concerns(input: &Input, ctx: Option<Handle>, mm: Option<u64>, va: 
         Input::Witness(record) if GateRecord::is_kind(record.kind) => record.kind != gate::ROLE,
         Input::Witness(record) | Input::Associate { record, .. } => {
             let place = match record.kind {
-                witness::RANGE_START | witness::RANGE_END => on_page(va, record.arg[0], record.arg[1]),
+                witness::RANGE_START | witness::RANGE_END | witness::STABLE_BEGIN | witness::STABLE_END => {
+                    on_page(va, record.arg[0], record.arg[1])
+                }
                 witness::HEARTBEAT | witness::MESSAGE => false,
                 _ => true,
             };
@@ -338,6 +340,13 @@ fn witness(out: &mut String, record: &witness::Record) -> fmt::Result {
             Some(range) => write!(out, "end of {range} is entered for address space {mm}"),
             None => write!(out, "invalidation that makes no sense"),
         },
+        witness::STABLE_BEGIN => {
+            write!(out, "address space {mm} declares {arg:#x}-{:#x} stable", record.arg[1])
+        }
+        witness::STABLE_END => {
+            let how = if record.arg[2] == 0 { ", taken back" } else { "" };
+            write!(out, "address space {mm} no longer declares {arg:#x}-{:#x} stable{how}", record.arg[1])
+        }
         witness::CPU_FORMAT => write!(out, "{} levels of page tables", arg & 0xff),
         witness::DEVICE_PRIVATE_ADDED => {
             write!(out, "frames {arg:#x} to {:#x} are device-private memory", record.arg[1])
