@@ -210,8 +210,8 @@ pub enum FormatName {
 /// Options of `run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Workloads and scenarios, by name (see `list workloads`, `list scenarios`). Without: the default suite, or none if --exec,
-    /// --shell or --scenario is given
+    /// Workloads and scenarios, by name (see `list workloads`, `list scenarios`), or `boundary` for all workloads that shake the
+    /// mm boundary. Without: the default suite, or none if --exec, --shell or --scenario is given
     #[arg(value_name = "NAME")]
     pub names: Vec<String>,
     /// Machine under the guest

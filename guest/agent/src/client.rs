@@ -349,6 +349,9 @@ mod tests {
             let left = self.1.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1));
             if left.is_ok() { Err(Errno::ESRCH) } else { Ok(()) }
         }
+        fn declare(&self, range: &vgpu_spec::uapi::Stable, on: bool) -> Result<(), Errno> {
+            self.0.declare(range, on)
+        }
     }
 
     #[test]

@@ -11,12 +11,14 @@ mod client;
 mod device;
 mod exec;
 mod gates;
+mod kernel;
 mod leaks;
 mod memory;
 mod outcome;
 mod process;
 mod report;
 mod rng;
+mod uffd;
 mod workload;
 
 use std::path::Path;

@@ -16,6 +16,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::errno::Errno;
 use nix::sys::mman::{self, MRemapFlags, MapFlags, MmapAdvise, ProtFlags};
 
+/// Advice by number, of linux/mman.h.
+pub(crate) mod advice {
+    /// The page is not needed soon (5.4).
+    pub(crate) const COLD: i32 = 20;
+    /// Reclaim it (5.4).
+    pub(crate) const PAGEOUT: i32 = 21;
+    /// Make a huge page of it now (6.1).
+    pub(crate) const COLLAPSE: i32 = 25;
+    /// Its frame is broken.
+    pub(crate) const HWPOISON: i32 = 100;
+    /// Its frame is to be given up, its contents moved.
+    pub(crate) const SOFT_OFFLINE: i32 = 101;
+}
+
 /// Bytes of a small page.
 pub(crate) const PAGE: usize = 4096;
 /// Bytes of a huge page.
@@ -58,6 +72,8 @@ pub(crate) enum Backing<'a> {
     FilePrivate(BorrowedFd<'a>, i64),
     /// A file from this offset, shared.
     FileShared(BorrowedFd<'a>, i64),
+    /// Zeros, private, of the pool of huge pages.
+    HugePool,
 }
 
 /// Words in arithmetic progression, the pattern that FILL writes and CHECK expects.
@@ -104,6 +120,10 @@ fn map_at(
             Backing::Anonymous => mman::mmap_anonymous(wanted, length, prot, extra | MapFlags::MAP_PRIVATE),
             Backing::AnonymousShared => {
                 mman::mmap_anonymous(wanted, length, prot, extra | MapFlags::MAP_SHARED)
+            }
+            Backing::HugePool => {
+                let extra = extra | MapFlags::MAP_PRIVATE | MapFlags::MAP_HUGETLB;
+                mman::mmap_anonymous(wanted, length, prot, extra)
             }
             Backing::FilePrivate(file, offset) => {
                 mman::mmap(wanted, length, prot, extra | MapFlags::MAP_PRIVATE, file, offset)
@@ -216,6 +236,36 @@ impl Mapping {
         let at = self.part(offset, bytes)?;
         // SAFETY: as for `unmap`.
         unsafe { mman::madvise(pointer(at)?, bytes, advice) }
+    }
+
+    /// madvise with advice that not every kernel, or C library, has a name for. EINVAL is what one says that does not know it.
+    pub(crate) fn advise_by_number(&self, offset: usize, bytes: usize, advice: i32) -> Result<(), Errno> {
+        let at = self.part(offset, bytes)?;
+        // SAFETY: as for `unmap`.
+        Errno::result(unsafe { nix::libc::madvise(at as *mut c_void, bytes, advice) }).map(drop)
+    }
+
+    /// Writes a part of a shared file mapping back, and waits for it.
+    pub(crate) fn write_back(&self, offset: usize, bytes: usize) -> Result<(), Errno> {
+        let at = self.part(offset, bytes)?;
+        // SAFETY: as for `unmap`; it changes no memory.
+        unsafe { mman::msync(pointer(at)?, bytes, mman::MsFlags::MS_SYNC) }
+    }
+
+    /// Moves a part's pages over a part of `target`, and leaves the mapping here with none: MREMAP_DONTUNMAP.
+    pub(crate) fn move_pages_to(
+        &self,
+        offset: usize,
+        bytes: usize,
+        target: &Self,
+        to: usize,
+    ) -> Result<(), Errno> {
+        let from = self.part(offset, bytes)?;
+        let to = target.part(to, bytes)?;
+        let flags = nix::libc::MREMAP_MAYMOVE | nix::libc::MREMAP_FIXED | nix::libc::MREMAP_DONTUNMAP;
+        // SAFETY: both parts lie in ranges that `Mapping`s own, where no Rust object lives.
+        let at = unsafe { nix::libc::mremap(from as *mut c_void, bytes, bytes, flags, to as *mut c_void) };
+        if at == nix::libc::MAP_FAILED { Err(Errno::last()) } else { Ok(()) }
     }
 
     /// Moves a part over a part of `target` of the same length, and leaves a hole here.

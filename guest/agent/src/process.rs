@@ -127,6 +127,16 @@ impl Child {
         self.pid
     }
 
+    /// Its pidfd.
+    pub(crate) fn fd(&self) -> std::os::fd::RawFd {
+        self.end.as_raw_fd()
+    }
+
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> Checked<bool> {
+        Ok(self.poll_end()?.is_some())
+    }
+
     /// Sends a signal.
     pub(crate) fn signal(&self, signal: Signal) -> Checked {
         kill(self.pid, signal).doing("kill")

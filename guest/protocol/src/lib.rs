@@ -12,6 +12,16 @@ use serde::{Deserialize, Serialize};
 pub const PLAN_PATH: &str = "/testbench/plan.json";
 /// Where the driver's module lies in the initramfs.
 pub const DRIVER_MODULE: &str = "/testbench/driver.ko";
+/// Where modules lie in the initramfs that the kernel came with and that some workloads load.
+pub const MODULES_DIR: &str = "/testbench/modules";
+/// These modules, as paths below the kernel's own, without the endings that a package gives them.
+pub const KERNEL_MODULES: &[&str] = &[
+    "mm/zsmalloc",
+    "crypto/lzo-rle",
+    "lib/lz4/lz4_compress",
+    "lib/lz4/lz4hc_compress",
+    "drivers/block/zram/zram",
+];
 /// Where the witness's module lies in the initramfs.
 pub const WITNESS_MODULE: &str = "/testbench/witness.ko";
 /// Begins a console line that carries a [`Message`].
@@ -173,6 +183,8 @@ pub struct WorkloadInfo {
     pub about: &'static str,
     /// Part of the default suite.
     pub suite: bool,
+    /// A name that stands for it and others on the command line.
+    pub group: Option<&'static str>,
     /// Resets the device with contexts on it, on purpose: that their end cannot be judged is no gap in the evidence.
     pub resets: bool,
 }
@@ -183,60 +195,109 @@ pub const WORKLOADS: &[WorkloadInfo] = &[
         name: "access",
         about: "the device reads and writes anonymous, file and shared memory; the CPU checks, both ways",
         suite: true,
+        group: None,
         resets: false,
     },
     WorkloadInfo {
         name: "release",
         about: "a process exits, is killed or execs with live mappings and with engines running",
         suite: true,
+        group: None,
         resets: false,
     },
     WorkloadInfo {
         name: "unregister",
         about: "the file is closed while engines run, from another thread, from a child that inherited it",
         suite: true,
+        group: None,
         resets: false,
     },
     WorkloadInfo {
         name: "invalidate",
         about: "munmap, mremap, mprotect, madvise, fork and COW, hole punch, truncate under running engines; then the hole is touched from the device and must fault",
         suite: true,
+        group: None,
         resets: false,
     },
     WorkloadInfo {
         name: "races",
         about: "memory goes at the hardest moment, made certain: a fault handler is held when it has found a page, an invalidation when the driver has been told",
         suite: true,
+        group: None,
         resets: false,
     },
     WorkloadInfo {
         name: "stress",
         about: "threads of random memory operations against random device work, checked against a model",
         suite: true,
+        group: None,
         resets: false,
     },
     WorkloadInfo {
         name: "migrate",
         about: "pages go to the device's memory and back, by request, by the CPU's access, by fork, close and exit; atomics on device-exclusive pages; skipped on kernels without device-private memory",
         suite: true,
+        group: None,
         resets: false,
     },
     WorkloadInfo {
         name: "removal",
         about: "the device is taken from the driver through sysfs, or reset, while files are open and engines run; not part of the default suite",
         suite: false,
+        group: None,
         resets: true,
     },
     WorkloadInfo {
         name: UNPLUG_WORKLOAD,
         about: "the device is pulled out under running engines, and put back in; only on the native machine, and not part of the default suite",
         suite: false,
+        group: None,
         resets: true,
     },
+    boundary(
+        "khugepaged",
+        "small pages become large ones under the device, by khugepaged (mTHP where the kernel has it) and MADV_COLLAPSE",
+    ),
+    boundary("damon", "DAMON watches the memory, and cools, reclaims and enlarges it"),
+    boundary("soft-dirty", "clear_refs write-protects everything"),
+    boundary("uprobes", "breakpoints are put into a mapped file and taken out"),
+    boundary("ksm", "pages that are alike are merged, and part where one is written"),
+    boundary(
+        "swap",
+        "memory goes to swap space (zram) and comes back: MADV_PAGEOUT, memory.reclaim, memory.max, MADV_FREE, swapoff",
+    ),
+    boundary(
+        "writeback",
+        "what the device wrote to a file is written back, reclaimed, unmapped, and must be on the disk",
+    ),
+    boundary("compaction", "pages move to make room"),
+    boundary("numa", "hinting takes rights from pages, pages move between nodes (--append numa=fake=2)"),
+    boundary("userfaultfd", "a thread supplies pages and protects them from writing"),
+    boundary("memory-failure", "a frame is broken, or given up before it breaks"),
+    boundary("oom", "a process is killed for its memory, and reaped while its device runs"),
+    boundary("process-madvise", "another process advises on the memory"),
+    boundary(
+        "ptrace",
+        "another process writes to the memory, and breaks the sharing of pages nobody may write",
+    ),
+    boundary("mremap", "memory moves to another address, with MREMAP_DONTUNMAP too"),
+    boundary("hugetlb", "memory of the pool of huge pages: COW, holes, truncation"),
 ];
 
 /// The workload that needs a machine whose devices can be pulled out.
 pub const UNPLUG_WORKLOAD: &str = "unplug";
+
+/// The group of the workloads that shake the boundary between the mm core and a mirror.
+pub const BOUNDARY: &str = "boundary";
+
+const fn boundary(name: &'static str, about: &'static str) -> WorkloadInfo {
+    WorkloadInfo { name, about, suite: false, group: Some(BOUNDARY), resets: false }
+}
+
+/// The names of a group's workloads; none if there is no such group.
+pub fn of_group(group: &str) -> impl Iterator<Item = &'static str> {
+    WORKLOADS.iter().filter(move |workload| workload.group == Some(group)).map(|workload| workload.name)
+}
 
 /// A workload that measures instead of testing. It is none of [`WORKLOADS`]: `bench` puts it into a plan, nothing else does.
 pub const BENCH_WORKLOAD: &str = "bench";

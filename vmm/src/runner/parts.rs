@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-use guest_protocol::{DRIVER_MODULE, PLAN_PATH, Plan, WITNESS_MODULE};
+use guest_protocol::{DRIVER_MODULE, KERNEL_MODULES, MODULES_DIR, PLAN_PATH, Plan, WITNESS_MODULE};
 
 use super::RunConfig;
 use super::device::memfd;
@@ -118,6 +118,9 @@ pub fn initramfs(config: &RunConfig, parts: &Parts, plan: &Plan) -> Result<File>
     tree.file(PLAN_PATH, 0o644, plan)?;
     tree.file(DRIVER_MODULE, 0o644, read(&parts.modules.driver)?)?;
     tree.file(WITNESS_MODULE, 0o644, read(&parts.modules.witness)?)?;
+    for module in KERNEL_MODULES {
+        add_kernel_module(&mut tree, &parts.kernel, module)?;
+    }
     let bytes = tree.finish()?;
     // The archive is unpacked into the guest's memory, beside which the guest has to live.
     if bytes.len() as u64 > config.memory_bytes / 3 {
@@ -132,6 +135,19 @@ pub fn initramfs(config: &RunConfig, parts: &Parts, plan: &Plan) -> Result<File>
     file.write_all(&bytes)
         .map_err(|error| Failure::environment(format!("cannot keep the initramfs in memory: {error}")))?;
     Ok(file)
+}
+
+/// A module that the kernel came with, as its package has it. Without one the workloads that want it say so in their cases.
+fn add_kernel_module(tree: &mut Initramfs, kernel: &Kernel, module: &str) -> Result<()> {
+    let Some(dir) = kernel.modules_dir() else { return Ok(()) };
+    let name = module.rsplit('/').next().unwrap_or(module);
+    for ending in ["ko", "ko.xz"] {
+        let path = dir.join("kernel").join(format!("{module}.{ending}"));
+        if path.is_file() {
+            tree.file(&format!("{MODULES_DIR}/{name}.{ending}"), 0o644, read(&path)?)?;
+        }
+    }
+    Ok(())
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {

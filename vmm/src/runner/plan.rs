@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the guest is told: its plan, its seeds, its kernel's command line.
 
-use guest_protocol::{Extent, Plan, WORKLOADS, WorkloadPlan};
+use guest_protocol::{Extent, Plan, WORKLOADS, WorkloadPlan, of_group};
 
 use super::RunConfig;
 use crate::cli::BackendName;
@@ -29,16 +29,24 @@ pub fn workloads(names: &[String], something_else: bool) -> Result<Vec<String>> 
             WORKLOADS.iter().filter(|workload| workload.suite).map(|workload| workload.name.to_owned());
         return Ok(if something_else { Vec::new() } else { suite.collect() });
     }
+    let mut wanted = Vec::new();
     for name in names {
-        if !WORKLOADS.iter().any(|workload| workload.name == name) {
-            let known: Vec<&str> = WORKLOADS.iter().map(|workload| workload.name).collect();
+        let group: Vec<String> = of_group(name).map(str::to_owned).collect();
+        if !group.is_empty() {
+            wanted.extend(group);
+        } else if WORKLOADS.iter().any(|workload| workload.name == name) {
+            wanted.push(name.clone());
+        } else {
+            let mut known: Vec<&str> = WORKLOADS.iter().map(|workload| workload.name).collect();
+            known.extend(WORKLOADS.iter().filter_map(|workload| workload.group));
+            known.dedup();
             let scenarios: Vec<&str> = gates::names().collect();
             return Err(Failure::usage(format!("there is no workload or scenario `{name}`")).remedy(
                 format!("there are: {}; and scenarios: {}", known.join(", "), scenarios.join(", ")),
             ));
         }
     }
-    Ok(names.to_vec())
+    Ok(wanted)
 }
 
 /// The plan of a run.
@@ -130,6 +138,12 @@ mod tests {
         assert_eq!(workloads(&[], false).unwrap().last().map(String::as_str), Some("migrate"));
         assert!(workloads(&[], true).unwrap().is_empty());
         assert_eq!(workloads(&["stress".into()], true).unwrap(), ["stress"]);
+        let boundary = workloads(&["boundary".into(), "access".into()], false).unwrap();
+        assert!(
+            boundary.len() > 10
+                && boundary.contains(&"swap".into())
+                && boundary.ends_with(&["access".into()])
+        );
         let error = workloads(&["acess".into()], false).unwrap_err();
         assert!(error.to_string().contains("access"), "{error}");
         assert_eq!(error.kind.exit_status(), 2);

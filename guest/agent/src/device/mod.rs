@@ -11,12 +11,66 @@ use std::time::Duration;
 use nix::errno::Errno;
 use vgpu_spec::uapi::{Act, Layer, Query, Submit, Wait};
 
+use crate::memory::Mapping;
+use crate::outcome::{Checked, Doing};
+
 /// Something that gives files of the driver.
 pub(crate) trait Device: Sync {
     /// Opens the driver's device node.
     fn open(&self) -> Result<Box<dyn DeviceFile>, Errno>;
     /// Tells the witness that the caller's address space is mirrored by `context`.
     fn associate(&self, context: u64) -> Result<(), Errno>;
+    /// Tells the witness that a range of the caller's address space is stable from now on, or is no longer (`on` false).
+    fn declare(&self, range: &vgpu_spec::uapi::Stable, on: bool) -> Result<(), Errno>;
+}
+
+/// A promise: until this goes, the range stays mapped and can be read and written, so that no fault of the device in it may be
+/// fatal (`fault/spurious-fatal`).
+///
+/// Only [`Stable::end`] makes what was found count: by then it is certain that the process was not dying meanwhile. Dropped
+/// without, as when a case has failed, it takes the promise back.
+pub(crate) struct Stable<'m> {
+    device: &'m dyn Device,
+    range: vgpu_spec::uapi::Stable,
+    kept: bool,
+    /// The mapping must not go first.
+    _map: &'m Mapping,
+}
+
+impl<'m> Stable<'m> {
+    /// Gives it for a part of a mapping.
+    pub(crate) fn declare(
+        device: &'m dyn Device,
+        map: &'m Mapping,
+        offset: usize,
+        bytes: usize,
+    ) -> Checked<Self> {
+        let range = vgpu_spec::uapi::Stable {
+            start: map.at(offset),
+            last: map.at(offset) + bytes as u64 - 1,
+            kept: 0,
+        };
+        device.declare(&range, true).doing("declare a stable range")?;
+        Ok(Self { device, range, kept: false, _map: map })
+    }
+
+    /// Ends it, kept.
+    pub(crate) fn end(mut self) -> Checked {
+        self.kept = true;
+        self.tell().doing("end a stable range")
+    }
+
+    fn tell(&self) -> Result<(), Errno> {
+        self.device.declare(&vgpu_spec::uapi::Stable { kept: self.kept.into(), ..self.range }, false)
+    }
+}
+
+impl Drop for Stable<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            let _ = self.tell();
+        }
+    }
 }
 
 /// An open file of the driver. See [`vgpu_spec::uapi`] for what each call does and its errors.

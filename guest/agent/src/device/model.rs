@@ -46,6 +46,9 @@ impl Device for Model {
     fn associate(&self, _: u64) -> Result<(), Errno> {
         Ok(())
     }
+    fn declare(&self, range: &vgpu_spec::uapi::Stable, _: bool) -> Result<(), Errno> {
+        if range.start > range.last { Err(Errno::EINVAL) } else { Ok(()) }
+    }
 }
 
 /// A descriptor.

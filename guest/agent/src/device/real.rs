@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
 use nix::sys::stat::Mode;
 use vgpu_spec::uapi::{
-    Act, Associate, Bind, DRIVER_DEVICE, DRIVER_MAGIC, Layer, Migrate, NR_UNBIND, Query, Submit,
+    Act, Associate, Bind, DRIVER_DEVICE, DRIVER_MAGIC, Layer, Migrate, NR_UNBIND, Query, Stable, Submit,
     WITNESS_DEVICE, WITNESS_MAGIC, Wait,
 };
 
@@ -26,6 +26,8 @@ nix::ioctl_none!(ioctl_unbind, DRIVER_MAGIC, NR_UNBIND);
 nix::ioctl_read!(ioctl_layer, DRIVER_MAGIC, 32, Layer);
 nix::ioctl_write_ptr!(ioctl_act, DRIVER_MAGIC, 33, Act);
 nix::ioctl_write_ptr!(ioctl_associate, WITNESS_MAGIC, 1, Associate);
+nix::ioctl_write_ptr!(ioctl_stable_begin, WITNESS_MAGIC, 16, Stable);
+nix::ioctl_write_ptr!(ioctl_stable_end, WITNESS_MAGIC, 17, Stable);
 
 /// Opens a device node.
 fn open_node(path: &str) -> Result<OwnedFd, Errno> {
@@ -50,6 +52,17 @@ impl Device for Nodes {
         };
         // SAFETY: the structure is the one that the ioctl's number names, and lives through the call.
         unsafe { ioctl_associate(witness.as_raw_fd(), &Associate { ctx: context }) }.map(drop)
+    }
+
+    fn declare(&self, range: &Stable, on: bool) -> Result<(), Errno> {
+        use std::os::fd::AsRawFd;
+        let witness = match open_node(WITNESS_DEVICE) {
+            Err(Errno::ENOENT) => return Ok(()),
+            other => other?,
+        };
+        let call = if on { ioctl_stable_begin } else { ioctl_stable_end };
+        // SAFETY: as for `associate`.
+        unsafe { call(witness.as_raw_fd(), range) }.map(drop)
     }
 }
 

@@ -11,6 +11,7 @@
 
 mod access;
 mod bench;
+mod boundary;
 mod invalidate;
 mod migrate;
 mod races;
@@ -180,7 +181,9 @@ pub(crate) fn run(plan: &WorkloadPlan, ground: &Ground<'_>) -> bool {
     if let Some(scenario) = &plan.scenario {
         return crate::cast::run(plan, scenario, ground);
     }
-    let Some(workload) = ALL.iter().chain(HIDDEN).find(|workload| workload.name == plan.name) else {
+    let Some(workload) =
+        ALL.iter().chain(boundary::ALL).chain(HIDDEN).find(|workload| workload.name == plan.name)
+    else {
         return false;
     };
     let (rounds, until) = match plan.extent {

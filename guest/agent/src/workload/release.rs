@@ -4,19 +4,19 @@
 //! Each case is a process that binds some contexts, lets the device read through each, and ends; the parent sees that it ends
 //! in bounded time. What the device does meanwhile and afterwards is the oracle's to judge.
 
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::mount::{MsFlags, mount};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::signal::{Signal, raise};
 use nix::unistd::Pid;
 
+use super::boundary::Narrow;
 use super::{EXIT_ARGUMENT, Round};
 use crate::client::{Context, Job};
 use crate::device::Device;
 use crate::exec;
+use crate::kernel::only_in_a_guest;
 use crate::memory::{Mapping, PAGE, Pattern, Prot, WINDOW};
 use crate::outcome::{Checked, Doing, Failure, require};
 use crate::process::{BOUND, Child, Pause, exit_now, reap_memory, undisturbed, wait_adopted};
@@ -197,12 +197,6 @@ fn is_killed(
     });
 }
 
-/// Some cases change the system they run on: not where there is no driver.
-fn only_in_a_guest() -> Checked {
-    let here = Path::new(vgpu_spec::uapi::DRIVER_DEVICE).exists();
-    if here { Ok(()) } else { Err(Failure::Skip("there is no device node of a driver".to_owned())) }
-}
-
 /// Killed, and its memory taken away by somebody else while its engines run: invalidations that must not sleep.
 fn reaped(device: &dyn Device, rng: &mut Rng) -> Checked {
     only_in_a_guest()?;
@@ -243,42 +237,6 @@ fn reaped_here(device: &dyn Device, rng: &mut Rng) -> Checked {
         Ok(())
     } else {
         Err(Failure::Skip("every process was gone before its memory was taken".to_owned()))
-    }
-}
-
-/// A group of processes with little memory, in the control groups' file system.
-struct Narrow(PathBuf);
-
-impl Narrow {
-    fn new(bytes: usize) -> Checked<Self> {
-        let root = Path::new("/sys/fs/cgroup");
-        let skip = |what: &str, error: &dyn std::fmt::Display| Failure::Skip(format!("{what}: {error}"));
-        match mount(Some("cgroup2"), root, Some("cgroup2"), MsFlags::empty(), None::<&str>) {
-            // It is there already.
-            Ok(()) | Err(Errno::EBUSY) => {}
-            Err(errno) => return Err(skip("cgroup2", &errno)),
-        }
-        let write = |path: PathBuf, text: &str| {
-            std::fs::write(&path, text).map_err(|error| skip(&path.display().to_string(), &error))
-        };
-        write(root.join("cgroup.subtree_control"), "+memory")?;
-        let group = Self(root.join(format!("narrow-{}", std::process::id())));
-        std::fs::create_dir_all(&group.0).map_err(|error| skip("cgroup", &error))?;
-        write(group.0.join("memory.max"), &bytes.to_string())?;
-        Ok(group)
-    }
-
-    /// The caller belongs to it from now on.
-    fn join(&self) -> Checked {
-        let path = self.0.join("cgroup.procs");
-        std::fs::write(&path, "0").map_err(|error| Failure::wrong(format!("{}: {error}", path.display())))
-    }
-}
-
-impl Drop for Narrow {
-    fn drop(&mut self) {
-        // Who is left in it keeps it; the next user of it takes it as it is.
-        let _ = std::fs::remove_dir(&self.0);
     }
 }
 

@@ -63,7 +63,8 @@ fn passes(name: &'static str) {
             // Not every host hands out huge pages, or has the driver's device in its sysfs; none holds tasks.
             let may_skip = case.case.contains("thp/")
                 || matches!(&*case.workload, "removal" | "migrate" | "races" | "unplug")
-                || case.case.starts_with("kill/");
+                || case.case.starts_with("kill/")
+                || guest_protocol::of_group(guest_protocol::BOUNDARY).any(|name| name == case.workload);
             assert!(case.outcome == Outcome::Pass || may_skip && case.outcome == Outcome::Skip, "{case:?}");
         }
         Ok(())
@@ -101,6 +102,14 @@ fn races_are_skipped_where_nobody_can_be_held() {
 #[test]
 fn stress_passes() {
     passes("stress");
+}
+
+/// Nearly all of them concern the whole system, and are for guests only. What is left must pass.
+#[test]
+fn the_boundary_is_shaken_in_guests_only() {
+    for name in guest_protocol::of_group(guest_protocol::BOUNDARY) {
+        passes(name);
+    }
 }
 
 #[test]
@@ -141,7 +150,7 @@ fn wrong_data_is_found_and_told() {
 
 #[test]
 fn names_are_those_of_the_protocol_and_cases_are_unique() {
-    let known: Vec<_> = super::ALL.iter().map(|workload| workload.name).collect();
+    let known: Vec<_> = super::ALL.iter().chain(super::boundary::ALL).map(|workload| workload.name).collect();
     let named: Vec<_> = WORKLOADS.iter().map(|workload| workload.name).collect();
     assert_eq!(known, named);
     let mut names: Vec<_> = round_of("access", 3, false).into_iter().map(|case| case.case).collect();
