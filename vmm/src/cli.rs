@@ -233,6 +233,9 @@ pub struct RunArgs {
     /// Virtual CPUs
     #[arg(long, value_name = "N", default_value_t = DEFAULT_CPUS, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub cpus: u32,
+    /// NUMA nodes, among which memory and CPUs are shared out; 1 if not given, or 2 for the workload numa. Needs --machine qemu
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub nodes: Option<u32>,
     /// Guest memory, such as 512M or 2G
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = units::memory)]
     pub memory: u64,
@@ -350,6 +353,8 @@ mod tests {
         for bad in [
             "run --cpus 0",
             "run --cpus 65",
+            "run --nodes 0",
+            "run --nodes 9",
             "run --memory 5",
             "run --iterations 0",
             "run --iterations 1 --duration 1s",

@@ -272,6 +272,7 @@ fn live(seed: u32, longest: Duration, letters: &Arc<AtomicU64>) -> String {
         cmdline: "quiet".into(),
         cpus: 2,
         memory_bytes: 64 << 20,
+        nodes: 1,
         accel: Accel::Kvm,
         functions: device.functions(),
         console: Box::new(move |bytes| {

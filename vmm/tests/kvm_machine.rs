@@ -51,6 +51,7 @@ fn start_with(code: &[u8], cpus: u32, functions: Vec<FunctionSlot>) -> (Box<dyn 
         cmdline: "quiet".into(),
         cpus,
         memory_bytes: 64 << 20,
+        nodes: 1,
         accel: Accel::Kvm,
         functions,
         console: Box::new(move |bytes| sink.lock().expect("the console").extend_from_slice(bytes)),
@@ -229,15 +230,20 @@ fn small_guests() {
     assert_eq!(left(), Vec::<String>::new());
 
     // What cannot be started says so.
-    for (cpus, memory_bytes, accel) in
-        [(0, 1 << 26, Accel::Kvm), (9, 1 << 26, Accel::Kvm), (1, 0, Accel::Kvm), (1, 1 << 26, Accel::Tcg)]
-    {
+    for (cpus, memory_bytes, nodes, accel) in [
+        (0, 1 << 26, 1, Accel::Kvm),
+        (9, 1 << 26, 1, Accel::Kvm),
+        (1, 0, 1, Accel::Kvm),
+        (1, 1 << 28, 2, Accel::Kvm),
+        (1, 1 << 26, 1, Accel::Tcg),
+    ] {
         let config = MachineConfig {
             kernel: image(&[0xf4]).path().to_owned(),
             initramfs: tempfile::tempfile().expect("a temporary file"),
             cmdline: String::new(),
             cpus,
             memory_bytes,
+            nodes,
             accel,
             functions: Vec::new(),
             console: Box::new(|_| {}),

@@ -271,7 +271,7 @@ pub const WORKLOADS: &[WorkloadInfo] = &[
         "what the device wrote to a file is written back, reclaimed, unmapped, and must be on the disk",
     ),
     boundary("compaction", "pages move to make room"),
-    boundary("numa", "hinting takes rights from pages, pages move between nodes (--append numa=fake=2)"),
+    boundary(NUMA_WORKLOAD, "hinting takes rights from pages, pages move between nodes"),
     boundary("userfaultfd", "a thread supplies pages and protects them from writing"),
     boundary("memory-failure", "a frame is broken, or given up before it breaks"),
     boundary("oom", "a process is killed for its memory, and reaped while its device runs"),
@@ -286,6 +286,9 @@ pub const WORKLOADS: &[WorkloadInfo] = &[
 
 /// The workload that needs a machine whose devices can be pulled out.
 pub const UNPLUG_WORKLOAD: &str = "unplug";
+
+/// The workload that needs a machine with more than one node.
+pub const NUMA_WORKLOAD: &str = "numa";
 
 /// The group of the workloads that shake the boundary between the mm core and a mirror.
 pub const BOUNDARY: &str = "boundary";

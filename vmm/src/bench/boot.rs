@@ -120,6 +120,7 @@ impl Start<'_> {
                 cmdline: plan::CMDLINE.to_owned(),
                 cpus: DEFAULT_CPUS,
                 memory_bytes: MEMORY,
+                nodes: 1,
                 accel: self.accel,
                 functions: device.functions(),
                 console: mouth.sink(),

@@ -63,6 +63,8 @@ pub(super) fn config(workloads: Vec<String>, seed: u64, oracle: bool) -> RunConf
         seed,
         cpus: DEFAULT_CPUS,
         memory_bytes: MEMORY,
+        nodes: 1,
+        nodes_chosen: false,
         machine: crate::cli::MachineName::Qemu,
         nested: false,
         outer_cpus: 1,

@@ -68,6 +68,8 @@ pub struct MachineConfig {
     pub cpus: u32,
     /// Guest memory; rounded up to whole pages.
     pub memory_bytes: u64,
+    /// NUMA nodes; see [`node_bytes`] for what each needs.
+    pub nodes: u32,
     /// Who runs the instructions.
     pub accel: Accel,
     /// The functions, in the order of their PCI slots.
@@ -76,6 +78,22 @@ pub struct MachineConfig {
     pub console: ConsoleSink,
     /// Puts the console on this terminal as well.
     pub interactive: bool,
+}
+
+/// The memory of each node in order, if so much can be shared out among so many.
+///
+/// Linux takes no nodes whose borders lie within one of its sections of memory, 128 MiB on x86-64 (`numa_register_memblks()`
+/// in the kernel's mm/numa_memblks.c), and each must have something. The last node has what is left.
+#[must_use]
+pub fn node_bytes(memory_bytes: u64, nodes: u32) -> Option<Vec<u64>> {
+    const SECTION: u64 = 128 << 20;
+    let each = match nodes {
+        0 => return None,
+        1 => memory_bytes,
+        _ => memory_bytes / u64::from(nodes) / SECTION * SECTION,
+    };
+    let others = each * u64::from(nodes - 1);
+    (each > 0).then(|| (1..nodes).map(|_| each).chain([memory_bytes - others]).collect())
 }
 
 /// How a machine ended.
@@ -134,5 +152,19 @@ fn last_words(timeout: Duration, over: impl Fn() -> bool) -> bool {
             return false;
         }
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_share_the_memory_and_begin_at_sections() {
+        const M: u64 = 1 << 20;
+        assert_eq!(node_bytes(300 * M, 1), Some(vec![300 * M]));
+        assert_eq!(node_bytes(1024 * M, 2), Some(vec![512 * M; 2]));
+        assert_eq!(node_bytes(1000 * M, 3), Some(vec![256 * M, 256 * M, 488 * M]));
+        assert_eq!((node_bytes(256 * M, 4), node_bytes(256 * M, 0)), (None, None));
     }
 }

@@ -161,6 +161,7 @@ fn carry(order: &Order, line: &Arc<Line>, interrupted: &AtomicBool, nmi: &Atomic
         cmdline: plan::cmdline(config.append.as_deref()),
         cpus: config.cpus,
         memory_bytes: config.memory_bytes,
+        nodes: config.nodes,
         accel,
         functions: Vec::new(),
         console: Box::new(move |bytes| {

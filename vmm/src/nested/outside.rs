@@ -173,6 +173,7 @@ pub(super) fn start_outer(
         cmdline: format!("{CMDLINE}{iommu} -- {COMMAND}"),
         cpus: run.outer_cpus,
         memory_bytes: memory.next_multiple_of(2 << 20),
+        nodes: 1,
         accel: Accel::Tcg,
         functions,
         console,

@@ -82,6 +82,9 @@ pub struct Results {
     pub cpus: u32,
     /// Guest memory.
     pub memory_bytes: u64,
+    /// NUMA nodes of the guest; 0 in results of versions that did not say.
+    #[serde(default)]
+    pub nodes: u32,
     /// Whether the oracle judged.
     pub oracle: bool,
     /// Workloads, in the order of the plan.
@@ -322,6 +325,7 @@ pub(crate) mod tests {
             seed: u64::MAX,
             cpus: 2,
             memory_bytes: 1 << 30,
+            nodes: 1,
             oracle: true,
             workloads: vec![WorkloadResult {
                 name: "release".into(),

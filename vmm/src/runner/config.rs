@@ -6,19 +6,19 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
-use guest_protocol::{Extent, UNPLUG_WORKLOAD, WORKLOADS};
+use guest_protocol::{Extent, NUMA_WORKLOAD, UNPLUG_WORKLOAD, WORKLOADS};
 use serde::{Deserialize, Serialize};
 
 use super::allow::Allow;
 use super::{plan, replay};
-use crate::cli::units::Add;
+use crate::cli::units::{Add, show_size};
 use crate::cli::vfio::Vfio;
 use crate::cli::{AccelName, BackendName, MachineName, PolicyName, RunArgs, not_yet};
 use crate::failure::{Failure, Result};
 use crate::gates;
 use crate::gates::order::Order;
 use crate::gates::script::{Scenario, Script};
-use crate::machine::Accel;
+use crate::machine::{Accel, node_bytes};
 
 /// What is to be run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -41,6 +41,10 @@ pub struct RunConfig {
     pub cpus: u32,
     /// Guest memory.
     pub memory_bytes: u64,
+    /// NUMA nodes.
+    pub nodes: u32,
+    /// Nobody said how many: a workload needs so many.
+    pub nodes_chosen: bool,
     /// The machine under the guest.
     pub machine: MachineName,
     /// Run it inside an outer guest that has KVM.
@@ -152,6 +156,7 @@ impl RunConfig {
             ))
             .remedy("give --machine kvm, with --nested where KVM runs no guests, and no --vfio"));
         }
+        let nodes = nodes(&args, &workloads)?;
         let vfio = args.vfio.as_deref().map(|text| Vfio::new(text, args.machine, args.nested)).transpose()?;
         Ok(Self {
             vfio,
@@ -170,6 +175,8 @@ impl RunConfig {
             seed: args.seed.unwrap_or_else(plan::seed_from_clock),
             cpus: args.cpus,
             memory_bytes: args.memory,
+            nodes,
+            nodes_chosen: args.nodes.is_none(),
             machine: args.machine,
             nested: args.nested,
             outer_cpus: args.outer_cpus,
@@ -258,6 +265,27 @@ fn scenario(args: &RunArgs) -> Result<(Option<Scenario>, Vec<String>)> {
     Ok((found, names))
 }
 
+/// How many nodes the guest has: as many as were asked for, or as its workloads need.
+fn nodes(args: &RunArgs, workloads: &[String]) -> Result<u32> {
+    let qemu = args.machine == MachineName::Qemu;
+    let fit = |nodes: u32| node_bytes(args.memory, nodes).is_some();
+    match args.nodes {
+        Some(1) => Ok(1),
+        Some(nodes) if !qemu => {
+            Err(Failure::usage(format!("--nodes {nodes}: the native machine has one node"))
+                .remedy("give --machine qemu, with --accel kvm --nested if KVM is wanted"))
+        }
+        Some(nodes) if !fit(nodes) => Err(Failure::usage(format!(
+            "--nodes {nodes}: with {} of memory not every node gets the 128M that it needs",
+            show_size(args.memory)
+        ))
+        .remedy("give more --memory, or fewer nodes")),
+        Some(nodes) => Ok(nodes),
+        None if qemu && fit(2) && workloads.iter().any(|name| name == NUMA_WORKLOAD) => Ok(2),
+        None => Ok(1),
+    }
+}
+
 /// How to call this program again, from any folder.
 fn program(called: Option<&str>) -> String {
     let called = called.unwrap_or("hmm-testbench");
@@ -284,6 +312,8 @@ impl RunConfig {
             seed: 1,
             cpus: crate::cli::DEFAULT_CPUS,
             memory_bytes: 1 << 30,
+            nodes: 1,
+            nodes_chosen: true,
             machine: MachineName::Qemu,
             nested: false,
             outer_cpus: 1,
@@ -307,5 +337,53 @@ impl RunConfig {
             gate_order: None,
             diagram: None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    fn config(line: &str) -> Result<RunConfig> {
+        let words: Vec<String> =
+            ["hmm-testbench", "run"].into_iter().chain(line.split_whitespace()).map(str::to_owned).collect();
+        match Cli::try_parse_from(&words).unwrap().command {
+            Command::Run(args) => RunConfig::new(*args, &words),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn nodes_are_as_many_as_asked_for_or_as_numa_needs() {
+        for (line, nodes) in [
+            ("access", 1),
+            ("numa", 2),
+            ("boundary", 2),
+            ("numa --nodes 1", 1),
+            ("access --nodes 4", 4),
+            ("numa --machine kvm", 1),
+            ("numa --machine kvm --nodes 1", 1),
+        ] {
+            assert_eq!(config(line).unwrap().nodes, nodes, "{line}");
+        }
+        for wrong in ["access --machine kvm --nodes 2", "access --memory 256M --nodes 4"] {
+            assert_eq!(config(wrong).unwrap_err().kind.exit_status(), 2, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_replay_has_the_nodes_of_its_run() {
+        let boundary = config("boundary --seed 1").unwrap();
+        for name in ["numa", "swap"] {
+            let replay = replay::command(&boundary, Some(name));
+            assert!(replay.contains(" --nodes 2 "), "{replay}");
+        }
+        let one = config("numa access --nodes 1").unwrap();
+        assert!(replay::command(&one, Some("numa")).contains(" --nodes 1 "));
+        assert!(replay::command(&one, None).contains(" --nodes 1 "));
+        assert!(!replay::command(&one, Some("access")).contains("--nodes"));
     }
 }

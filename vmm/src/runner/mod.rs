@@ -122,6 +122,10 @@ fn make(
     results.accel_reason = Some(accel.reason.clone());
     note(format!("machine {}, accelerator {}: {}", config.machine, accel.accel, accel.reason));
     note(format!("seed {}", config.seed));
+    if config.nodes > 1 {
+        let why = if config.nodes_chosen { ", for the workload numa: --nodes says otherwise" } else { "" };
+        note(format!("{} NUMA nodes{why}", config.nodes));
+    }
     if config.shell {
         accel::require_terminal()?;
     }
@@ -339,6 +343,7 @@ fn start_machine(
         cmdline: plan::cmdline(config.append.as_deref()),
         cpus: config.cpus,
         memory_bytes: config.memory_bytes,
+        nodes: config.nodes,
         accel,
         functions: device.functions(),
         console: Box::new(move |bytes| {
@@ -511,6 +516,7 @@ pub(crate) fn blank(config: &RunConfig) -> Results {
         seed: config.seed,
         cpus: config.cpus,
         memory_bytes: config.memory_bytes,
+        nodes: config.nodes,
         oracle: config.oracle,
         workloads: Vec::new(),
         exec_status: None,

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use guest_protocol::Extent;
+use guest_protocol::{Extent, NUMA_WORKLOAD};
 
 use super::RunConfig;
 use crate::cli::units::{show_millis, show_size};
@@ -64,6 +64,11 @@ pub fn command_in_order(config: &RunConfig, workload: Option<&str>, order: Optio
         option("--cpus", config.cpus.to_string());
     }
     option("--memory", show_size(config.memory_bytes));
+    // Of what is to be run alone the nodes must not be chosen anew.
+    let numa = |name: &str| name == NUMA_WORKLOAD;
+    if config.nodes != 1 || workload.map_or_else(|| config.workloads.iter().any(|name| numa(name)), numa) {
+        option("--nodes", config.nodes.to_string());
+    }
     if config.backend != BackendName::Interval {
         option("--backend", config.backend.to_string());
     }

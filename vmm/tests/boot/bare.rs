@@ -181,6 +181,7 @@ fn config(
         cmdline: String::new(),
         cpus: 1,
         memory_bytes: 64 << 20,
+        nodes: 1,
         accel: Accel::Tcg,
         functions,
         console,

@@ -99,6 +99,7 @@ impl Inside<'_> {
             cmdline: plan::cmdline(self.config.append.as_deref()),
             cpus: self.config.cpus,
             memory_bytes,
+            nodes: 1,
             accel: Accel::Kvm,
             functions: device.functions(),
             console: mouth.sink(),

@@ -257,6 +257,7 @@ impl KvmMachine {
             cmdline,
             cpus,
             memory_bytes,
+            nodes,
             accel,
             functions,
             console,
@@ -269,6 +270,9 @@ impl KvmMachine {
             return Err(Failure::usage(format!(
                 "the native machine has 1 to {MOST_CPUS} processors, not {cpus}"
             )));
+        }
+        if nodes != 1 {
+            return Err(Failure::usage(format!("the native machine has one NUMA node, not {nodes}")));
         }
         let filters = Filters::new(options.seccomp, !options.vfio.is_empty())?;
         let board = Board::new(memory_bytes)?;

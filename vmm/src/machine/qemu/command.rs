@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::machine::Accel;
+use crate::machine::{Accel, node_bytes};
 
 /// A reply later than this many milliseconds makes QEMU give a function up for good; its own default, 5 s, is less than a loaded
 /// host can take.
@@ -30,6 +30,7 @@ pub(super) struct Parts<'a> {
     pub cmdline: &'a str,
     pub cpus: u32,
     pub memory_bytes: u64,
+    pub nodes: u32,
     pub accel: Accel,
     pub initramfs: RawFd,
     pub console: RawFd,
@@ -53,15 +54,13 @@ pub(super) fn arguments(parts: &Parts<'_>) -> Vec<OsString> {
     };
     let page = 4096;
     let memory = parts.memory_bytes.div_ceil(page) * page;
-    let (accel, cpu, cpus) = match parts.accel {
-        Accel::Kvm => ("kvm", "host", parts.cpus.to_string()),
+    let (accel, cpu, possible) = match parts.accel {
+        Accel::Kvm => ("kvm", "host", parts.cpus),
         // With a single possible processor the translator leaves atomic instructions out, and then the device's threads and
         // the guest are not atomic to each other. So there is always room for a second one.
-        Accel::Tcg => (
-            "tcg,thread=multi",
-            if parts.port.is_some() { OUTER_CPU } else { "max" },
-            format!("{},maxcpus={}", parts.cpus, parts.cpus.max(2)),
-        ),
+        Accel::Tcg => {
+            ("tcg,thread=multi", if parts.port.is_some() { OUTER_CPU } else { "max" }, parts.cpus.max(2))
+        }
     };
     // The kernel counts timer interrupts against busy loops, and on a loaded host a translated guest fails that check and hangs.
     // Under KVM it leaves the check out by itself.
@@ -69,12 +68,24 @@ pub(super) fn arguments(parts: &Parts<'_>) -> Vec<OsString> {
         Accel::Kvm => parts.cmdline.to_owned(),
         Accel::Tcg => format!("{} no_timer_check", parts.cmdline),
     };
-    add("-machine", "q35,memory-backend=mem".into());
-    add("-object", format!("memory-backend-memfd,id=mem,size={memory},share=on").into());
+    let nodes = node_bytes(memory, parts.nodes).unwrap_or_default();
+    if nodes.len() > 1 {
+        add("-machine", "q35".into());
+        for (number, (bytes, cpus)) in nodes.iter().zip(node_cpus(possible, parts.nodes)).enumerate() {
+            add("-object", format!("memory-backend-memfd,id=mem{number},size={bytes},share=on").into());
+            add("-numa", format!("node,nodeid={number},memdev=mem{number}{cpus}").into());
+        }
+    } else {
+        add("-machine", "q35,memory-backend=mem".into());
+        add("-object", format!("memory-backend-memfd,id=mem,size={memory},share=on").into());
+    }
     add("-m", format!("{memory}b").into());
     add("-accel", accel.into());
     add("-cpu", cpu.into());
-    add("-smp", cpus.into());
+    // A package whose processors are on different nodes makes the kernel warn (topology_sane()).
+    let packages =
+        if nodes.len() > 1 { format!(",sockets={possible},cores=1,threads=1") } else { String::new() };
+    add("-smp", format!("{},maxcpus={possible}{packages}", parts.cpus).into());
     add("-display", "none".into());
     add("-chardev", format!("socket,id=console,fd={}", parts.console).into());
     add("-serial", "chardev:console".into());
@@ -114,6 +125,15 @@ pub(super) fn arguments(parts: &Parts<'_>) -> Vec<OsString> {
     arguments
 }
 
+/// Which of the possible processors each node has, in QEMU's words; a node may have none. Every one must be on a node.
+fn node_cpus(possible: u32, nodes: u32) -> impl Iterator<Item = String> {
+    let first = move |node: u32| (u64::from(possible) * u64::from(node)).div_ceil(u64::from(nodes.max(1)));
+    (0..nodes).map(move |node| {
+        let (first, end) = (first(node), first(node + 1));
+        if first == end { String::new() } else { format!(",cpus={first}-{}", end - 1) }
+    })
+}
+
 fn descriptor(fd: RawFd) -> String {
     format!("/proc/self/fd/{fd}")
 }
@@ -123,11 +143,16 @@ mod tests {
     use super::*;
 
     fn joined(accel: Accel, cpus: u32) -> String {
+        with_nodes(accel, cpus, 1)
+    }
+
+    fn with_nodes(accel: Accel, cpus: u32, nodes: u32) -> String {
         let parts = Parts {
             kernel: Path::new("/boot/a kernel,with a comma"),
             cmdline: "console=ttyS0",
             cpus,
             memory_bytes: (512 << 20) + 1,
+            nodes,
             accel,
             initramfs: 10,
             console: 11,
@@ -145,7 +170,24 @@ mod tests {
     fn one_translated_processor_leaves_room_for_another() {
         assert!(joined(Accel::Tcg, 1).contains("|-smp|1,maxcpus=2|"));
         assert!(joined(Accel::Tcg, 4).contains("|-smp|4,maxcpus=4|"));
-        assert!(joined(Accel::Kvm, 1).contains("|-smp|1|"));
+        assert!(joined(Accel::Kvm, 1).contains("|-smp|1,maxcpus=1|"));
+    }
+
+    #[test]
+    fn every_possible_processor_is_on_a_node() {
+        let line = with_nodes(Accel::Tcg, 1, 2);
+        for part in [
+            "|-smp|1,maxcpus=2,sockets=2,cores=1,threads=1|",
+            "-machine|q35|",
+            "|memory-backend-memfd,id=mem0,size=268435456,share=on|-numa|node,nodeid=0,memdev=mem0,cpus=0-0|",
+            "|memory-backend-memfd,id=mem1,size=268439552,share=on|-numa|node,nodeid=1,memdev=mem1,cpus=1-1|",
+        ] {
+            assert!(line.contains(part), "{part} is not in {line}");
+        }
+        assert!(!joined(Accel::Tcg, 2).contains("-numa"));
+        let cpus = |possible, nodes| node_cpus(possible, nodes).collect::<Vec<_>>();
+        assert_eq!(cpus(5, 2), [",cpus=0-2", ",cpus=3-4"]);
+        assert_eq!(cpus(1, 2), [",cpus=0-0", ""]);
     }
 
     #[test]

@@ -89,6 +89,7 @@ fn try_start(program: &QemuProgram, config: MachineConfig, port: Option<Port>) -
         cmdline: &config.cmdline,
         cpus: config.cpus,
         memory_bytes: config.memory_bytes,
+        nodes: config.nodes,
         accel: config.accel,
         initramfs: inherit(config.initramfs.into()),
         console: inherit(console_theirs.into()),

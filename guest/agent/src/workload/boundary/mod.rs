@@ -50,7 +50,7 @@ pub(super) const ALL: &[Workload] = &[
     workload("swap", swap::round),
     workload("writeback", writeback::round),
     workload("compaction", compaction::round),
-    workload("numa", numa::round),
+    workload(guest_protocol::NUMA_WORKLOAD, numa::round),
     workload("userfaultfd", userfaultfd::round),
     workload("memory-failure", memory_failure::round),
     workload("oom", oom::round),
