@@ -220,7 +220,11 @@ impl Device {
             self.tables.wipe(index);
         }
         held.fetch_add(1, SeqCst);
-        Ok(Outcome::ok(pages.grant(index, named.ctx).0))
+        let page = pages.grant(index, named.ctx);
+        if page.kind() == Some(Kind::DataPage) {
+            self.oracle.event(DeviceEvent::DataGranted { ctx: named.ctx, page });
+        }
+        Ok(Outcome::ok(page.0))
     }
 
     fn give_back(&self, op: &'static str, named: &Named<'_>, page: Handle) -> Effect {

@@ -115,6 +115,13 @@ pub enum DeviceEvent {
         /// How many.
         count: u32,
     },
+    /// A page of VRAM was granted.
+    DataGranted {
+        /// The context that has it now.
+        ctx: Handle,
+        /// The page.
+        page: Handle,
+    },
     /// A page of VRAM was returned, or its context was unbound with it.
     DataReturned {
         /// The context that had it.

@@ -12,7 +12,7 @@ use super::doubt::{Doubt, Outcome};
 use super::event::{ContextView, DeviceEvent, RangeView};
 use super::mirror::{Mirrors, Mismatch};
 use super::moments::Moment;
-use super::private::Place;
+use super::private::{Place, Sight};
 use super::range::Range;
 use super::state::{Finding, State, Watched};
 use super::violation::Violation;
@@ -53,8 +53,8 @@ pub(super) enum Input {
     Doubted { ctx: Handle, doubt: Doubt, outcome: Outcome },
     /// A leaf of VRAM was set where the CPU has a device-private entry.
     Private { ctx: Handle, va: u64, vram: u64, frame: u64 },
-    /// A page of VRAM was given back, and the CPU's tables still name it.
-    Outlived { ctx: Handle, page: Handle, place: Place },
+    /// A page of VRAM was given back: whether the CPU's tables still name it.
+    Outlived { ctx: Handle, page: Handle, place: Place, sight: Sight, still: bool },
     /// Whether a context with overdue faults still has some parked.
     Parked { ctx: Handle, parked: bool },
     /// A violation found elsewhere.
@@ -143,7 +143,9 @@ impl State {
             Input::Private { ctx, va, vram, frame } => {
                 return Asked { changed: self.learn(*ctx, *va, *vram, *frame), ..Asked::default() };
             }
-            Input::Outlived { ctx, page, place } => found.extend(self.outlived(*ctx, *page, *place)),
+            Input::Outlived { ctx, page, place, sight, still } => {
+                found.extend(self.outlived((*ctx, *page, *place), *sight, *still));
+            }
             Input::Parked { ctx, parked } => self.looked_for_faults(*ctx, *parked, found),
             Input::Report(_) | Input::Gap(_) => {}
         }

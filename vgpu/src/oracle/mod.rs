@@ -46,7 +46,7 @@ pub use violation::{OracleCounters, Violation};
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock, Weak};
 
 use arc_swap::ArcSwapOption;
@@ -55,10 +55,10 @@ use vgpu_spec::handle::Handle;
 use vgpu_spec::pte;
 use vgpu_spec::witness::{self, Record};
 
-use doubt::{Cause, Outcome};
 use input::{Asked, Input};
 use mirror::{Mirrors, Verdict};
 use moments::Moment;
+use private::Sight;
 use range::{Demand, Range};
 use state::{Finding, State, Watched};
 use trace::Trace;
@@ -154,6 +154,8 @@ pub struct Oracle {
     slots: Mutex<Slots>,
     /// Steps held against the CPU's tables.
     compared: AtomicU64,
+    /// Some page of VRAM was given back, and the CPU's tables still named it.
+    outliving: AtomicBool,
     trace: Trace,
     state: Mutex<State>,
     kept: Mutex<Kept>,
@@ -186,6 +188,7 @@ impl Oracle {
             format: ArcSwapOption::empty(),
             slots: Mutex::default(),
             compared: AtomicU64::new(0),
+            outliving: AtomicBool::new(false),
             trace,
             state: Mutex::new(State::new(config.fault_heartbeats)),
             kept: Mutex::new(Kept::default()),
@@ -247,7 +250,8 @@ impl Oracle {
                 E::LeafCleared { .. }
                 | E::Invalidate { .. }
                 | E::InvalidateDone { .. }
-                | E::JobDone { .. } => told = false,
+                | E::JobDone { .. }
+                | E::DataGranted { .. } => told = false,
                 E::LeafSet { ctx, va, .. } => {
                     attended = va.is_some() && self.mirrors.wants(ctx);
                     told = self.watched.contains(ctx);
@@ -265,6 +269,9 @@ impl Oracle {
             E::LeafSet { ctx, .. } if attended => drop(self.judge_settled(&input, |state| state.mm_of(ctx))),
             _ if told => drop(self.judge(&input)),
             _ => self.trace.push(&input),
+        }
+        if let E::DataGranted { page, .. } | E::DataReturned { page, .. } = event {
+            self.look_at_outliving(Sight::Again, |one| one.page != page && one.page.index() == page.index());
         }
         if let E::LeafSet { ctx, va: Some(va), pte } = event {
             if let Some(compare) = self.compare(ctx) {
@@ -366,6 +373,9 @@ impl Oracle {
 
     /// The start of an invalidation has returned 0: what must not be there any more is looked for while its caller waits.
     fn range_start(&self, record: &Record, input: &Input) {
+        if let Some(range) = Range::read(record).filter(Range::unmaps) {
+            self.look_at_absent(record.mm, (range.start, range.last));
+        }
         let concerned = self.judge_settled(input, |_| Some(record.mm)).contexts;
         let (Some(range), Some(device)) = (Range::read(record), self.device()) else { return };
         if !self.config.enabled {
@@ -427,33 +437,13 @@ impl Oracle {
         }
     }
 
-    /// Looks again at translations that were in doubt.
-    fn look_at_doubts(&self) {
-        let doubts = self.state.lock().doubts();
-        let Some(device) = self.device().filter(|_| !doubts.is_empty()) else { return };
-        for (ctx, doubt) in doubts {
-            let view = device.range(ctx, (doubt.va, doubt.va), false, LOOKED_AT);
-            let there = view.filter(|view| !view.released && !view.queueless).is_some_and(|view| {
-                view.leaves.iter().chain(&view.tlb_entries).any(|&(_, leaf)| leaf == doubt.leaf)
-            });
-            let outcome = match (&doubt.cause, there, self.compare(ctx)) {
-                (_, false, _) => Outcome::Settled,
-                (Cause::Stale(_), true, _) => Outcome::Lasting,
-                (Cause::Absent, true, None) => Outcome::Settled,
-                (Cause::Absent, true, Some(compare)) => {
-                    match compare.judged(doubt.va, doubt.leaf, vgpu_spec::fault::ACCESS_READ) {
-                        (_, Verdict::Good) => Outcome::Settled,
-                        (_, Verdict::Absent | Verdict::Moving) => Outcome::Lasting,
-                        (page, Verdict::Wrong(rule)) => Outcome::Wrong(rule, page),
-                    }
-                }
-            };
-            self.judge(&Input::Doubted { ctx, doubt, outcome });
-        }
-    }
-
     /// Looks at what the contexts of an address space still have.
     fn look(&self, mm: u64, moment: Moment, input: &Input) {
+        if moment == Moment::Released {
+            // Its tables are as the last task left them.
+            self.look_at_absent(mm, (0, u64::MAX));
+            self.look_at_outliving(Sight::Last, |one| one.place.mm == mm);
+        }
         // From here on the contexts' accesses are watched, so none slips through between the look and the watch.
         let concerned = self.judge(input).contexts;
         // The kernel is about to free the tables that accesses are held against.
@@ -469,6 +459,7 @@ impl Oracle {
 
     fn heartbeat(&self, input: &Input) {
         self.look_at_doubts();
+        self.look_at_outliving(Sight::Beat, |_| true);
         for ctx in self.judge(input).contexts {
             // Without a device to ask, its events have to do.
             let asked = self.device.lock().is_some();

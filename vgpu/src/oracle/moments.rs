@@ -35,6 +35,8 @@ impl State {
         self.mms.clear();
         self.alive.clear();
         self.stable = Default::default();
+        self.orphans = Default::default();
+        self.private = Default::default();
         self.gone = false;
         for context in self.contexts.values_mut() {
             context.mm = None;
@@ -213,6 +215,8 @@ impl State {
             }
             self.releases += 1;
             self.stable.released(id);
+            self.doubts_end(id);
+            self.outliving_end(id);
             self.alive.remove(&id);
         }
         if let Some(mm) = self.mms.get_mut(&id) {

@@ -63,6 +63,11 @@ impl Range {
         (start <= last && number != 0 && range.name().is_some()).then_some(range)
     }
 
+    /// munmap, or what takes its place: nobody but its caller changes entries there, see [`super::doubt`]. Not a reaper.
+    pub(super) fn unmaps(&self) -> bool {
+        self.event == spec::UNMAP && !self.leaving
+    }
+
     fn name(&self) -> Option<&'static str> {
         spec::CONSTANTS.iter().find(|(_, value, _)| *value == u64::from(self.event)).map(|(name, ..)| *name)
     }
@@ -167,6 +172,7 @@ impl State {
         }
         self.ranges += 1;
         mm.started(range);
+        self.doubts_over(id, &range);
         let contexts = self.translating(id);
         if range.demand() == Demand::Nothing {
             return Vec::new();
@@ -219,7 +225,7 @@ impl State {
         } else {
             // Nobody uses it, and some notifier has been removed. That may be a driver that is about to take its tables down,
             // while another context's notifier is the one that was called. It is stale once it is used, or if it stays.
-            context.doubts.add(Doubt { va, leaf, cause: Cause::Stale(finding), beats: 0 });
+            context.doubts.add(Doubt::new(va, leaf, Cause::Stale(finding)));
         }
     }
 

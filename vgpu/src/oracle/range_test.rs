@@ -437,30 +437,160 @@ fn what_the_device_has_written_is_dirty_when_it_goes() {
 }
 
 #[test]
-fn a_page_of_vram_is_nobodys_when_it_is_given_back() {
-    let private = |frame: u64| (!(frame >> 12) << 14 >> 5) | 27 << 59;
-    let page = Handle::new(vgpu_spec::handle::Kind::DataPage, 3, 1);
-    let leaf = VALID | WRITE | VRAM | 0x3000;
-    for (then, rules) in [
-        (private(0x9_9999_9000), &["memory/device-page-outlives-owner"][..]),
-        (private(0x9_8888_8000), &[]),
-        (HERE, &[]),
-        (0, &[]),
-    ] {
+fn a_translation_to_nothing_is_wrong_when_its_place_goes() {
+    let unbound = |g: &Guest| {
+        g.oracle.event(E::ContextReleased { ctx: g.ctx });
+        g.oracle.event(E::ContextUnbound { ctx: g.ctx, leak: Leak::default() });
+    };
+    let beat = |g: &Guest| g.tell(witness::HEARTBEAT, 0, [0; 4]);
+    type Act<'a> = &'a dyn Fn(&Guest);
+    let unmap: Act<'_> = &|g| g.start(spec::UNMAP, 0);
+    let exit: Act<'_> = &|g| g.tell(witness::MM_RELEASED, 1, [0; 4]);
+    let reap: Act<'_> = &|g| g.start(spec::UNMAP | spec::LEAVING, 0);
+    let nothing: Act<'_> = &|_| {};
+    for (before, act, wrong) in [
+        (nothing, unmap, true),
+        (nothing, exit, true),
+        // The leaf is gone, and then the context.
+        (&beat, unmap, true),
+        (&unbound, unmap, true),
+        (&unbound, exit, true),
+        // The page has been taken away in between, so it may have been there.
+        (&|g| g.start(spec::CLEAR, 1), unmap, false),
+        (&|g| g.start(spec::MIGRATE | spec::OWNED, 1), exit, false),
+        (&|g| g.start(spec::PROTECTION_VMA, 1), exit, true),
+        // A reaper is not alone.
+        (nothing, reap, false),
+        // It had been gone for a moment only.
+        (&|g| g.cpu(HERE), unmap, false),
+        (&|g| g.cpu(HERE), exit, false),
+        (
+            &|g| {
+                unbound(g);
+                g.cpu(HERE_READ)
+            },
+            exit,
+            false,
+        ),
+        // A new leaf stands there, and is right.
+        (
+            &|g| {
+                g.cpu(HERE);
+                g.leaf(PTE);
+                g.cpu(0)
+            },
+            exit,
+            false,
+        ),
+    ] as [(Act<'_>, Act<'_>, bool); 13]
+    {
         let g = guest();
-        g.cpu(private(0x9_9999_9000));
-        g.leaf(leaf);
+        g.cpu(0);
+        g.leaf(PTE);
+        g.clean();
+        before(&g);
+        g.clean();
+        act(&g);
+        assert_eq!(g.rules(), if wrong { &["mirror/wrong-page"][..] } else { &[] });
+        // Once.
+        g.tell(witness::MM_RELEASED, 1, [0; 4]);
+        assert_eq!(g.rules().len(), usize::from(wrong));
+    }
+}
+
+/// A device-private entry.
+fn private(frame: u64) -> u64 {
+    (!(frame >> 12) << 14 >> 5) | 27 << 59
+}
+
+#[test]
+fn a_page_of_vram_is_nobodys_when_it_is_given_back() {
+    use vgpu_spec::handle::Kind::DataPage;
+    let page = Handle::new(DataPage, 3, 1);
+    let again = Handle::new(DataPage, 3, 2);
+    let was = private(0x9_9999_9000);
+    let beats = |g: &Guest, n| (0..n).for_each(|_| g.tell(witness::HEARTBEAT, 0, [0; 4]));
+    type Act<'a> = &'a dyn Fn(&Guest);
+    let lasts: Act<'_> = &|g| beats(g, 3);
+    let exits: Act<'_> = &|g| g.tell(witness::MM_RELEASED, 1, [0; 4]);
+    let granted: Act<'_> = &|g| {
+        g.oracle.event(E::DataGranted { ctx: g.ctx, page: again });
+        g.cpu(was);
+        beats(g, 5);
+    };
+    for (then, act, wrong) in [
+        (was, lasts, true),
+        (was, exits, true),
+        (was, granted, true),
+        (was, &|g| beats(g, 2), false),
+        // It was about to be cleared.
+        (
+            was,
+            &|g| {
+                g.cpu(0);
+                beats(g, 5)
+            },
+            false,
+        ),
+        (
+            was,
+            &|g| {
+                g.cpu(0);
+                g.tell(witness::MM_RELEASED, 1, [0; 4])
+            },
+            false,
+        ),
+        // And the page is soon there again, in a new life.
+        (
+            was,
+            &|g| {
+                g.cpu(0);
+                granted(g)
+            },
+            false,
+        ),
+        (
+            was,
+            &|g| {
+                g.cpu(0);
+                g.oracle.event(E::DataReturned { ctx: g.ctx, page: again });
+                g.cpu(was);
+                beats(g, 5)
+            },
+            false,
+        ),
+        // A reaper clears it while the address space is released.
+        (
+            was,
+            &|g| {
+                g.start(spec::UNMAP | spec::LEAVING, 1);
+                exits(g)
+            },
+            false,
+        ),
+        (private(0x9_8888_8000), lasts, false),
+        (HERE, lasts, false),
+        (0, exits, false),
+    ] as [(u64, Act<'_>, bool); 12]
+    {
+        let g = guest();
+        g.cpu(was);
+        g.leaf(VALID | WRITE | VRAM | 0x3000);
         g.cpu(then);
         g.oracle.event(E::DataReturned { ctx: g.ctx, page });
-        assert_eq!(g.rules(), rules);
+        g.clean();
+        act(&g);
+        assert_eq!(g.rules(), if wrong { &["memory/device-page-outlives-owner"][..] } else { &[] });
+        beats(&g, 5);
         g.oracle.event(E::DataReturned { ctx: g.ctx, page });
-        assert_eq!(g.rules(), rules);
+        assert!(g.rules().len() <= 1);
     }
     let g = guest();
-    g.cpu(private(0x9_9999_9000));
-    g.leaf(leaf);
+    g.cpu(was);
+    g.leaf(VALID | WRITE | VRAM | 0x3000);
     g.exit(1);
     g.oracle.event(E::DataReturned { ctx: g.ctx, page });
+    beats(&g, 5);
     g.clean();
 }
 

@@ -11,7 +11,7 @@ use vgpu_spec::handle::{Handle, Kind};
 use vgpu_spec::pte;
 
 use super::Rule;
-use super::doubt::Doubts;
+use super::doubt::{Doubts, Orphans};
 use super::event::DeviceEvent;
 use super::private::Private;
 use super::range::Range;
@@ -173,6 +173,7 @@ pub(super) struct State {
     /// Invalidations reported.
     pub(super) ranges: u64,
     pub(super) private: Private,
+    pub(super) orphans: Orphans,
     /// It does not know what was before its first event.
     pub(super) late: bool,
 }
@@ -203,6 +204,7 @@ impl State {
             contexts_lost: 0,
             ranges: 0,
             private: Private::default(),
+            orphans: Orphans::default(),
             late: false,
         }
     }
@@ -258,8 +260,11 @@ impl State {
                 }
                 let gone = self.contexts.remove(&ctx.0);
                 self.unbound += u64::from(gone.is_some());
-                if let Some(id) = gone.and_then(|context| context.mm) {
-                    self.settle_notifiers(id);
+                if let Some(mut context) = gone {
+                    self.doubts_orphaned(ctx, &mut context);
+                    if let Some(id) = context.mm {
+                        self.settle_notifiers(id);
+                    }
                 }
                 self.faults.retain(|_, fault| fault.ctx != ctx);
                 watched.clear(ctx);
@@ -309,6 +314,7 @@ impl State {
             }
             E::LeafSet { .. }
             | E::LeafCleared { .. }
+            | E::DataGranted { .. }
             | E::DataReturned { .. }
             | E::Invalidate { .. }
             | E::InvalidateDone { .. }

@@ -13,7 +13,7 @@ use super::super::event::{ContextView, DeviceEvent, Leak, RangeView};
 use super::super::input::Input;
 use super::super::mirror::{Mismatch, Verdict};
 use super::super::moments::Moment;
-use super::super::private::Place;
+use super::super::private::{Place, Sight};
 use super::super::range::Range;
 use super::super::rule::Rule;
 use super::super::violation::Violation;
@@ -46,6 +46,7 @@ const JOB_DONE: u8 = 15;
 const DISABLED: u8 = 16;
 const RESET: u8 = 17;
 const DATA_RETURNED: u8 = 18;
+const DATA_GRANTED: u8 = 19;
 const WITNESS: u8 = 24;
 const ASSOCIATE: u8 = 25;
 const BAD_RECORD: u8 = 26;
@@ -156,6 +157,8 @@ pub(super) fn encode(input: &Input, out: &mut Vec<u8>) {
             match outcome {
                 Outcome::Settled => out.byte(0),
                 Outcome::Lasting => out.byte(1),
+                Outcome::Past => out.byte(3),
+                Outcome::Never => out.byte(4),
                 Outcome::Wrong(rule, page) => {
                     out.byte(2);
                     out.text(rule.name());
@@ -168,8 +171,14 @@ pub(super) fn encode(input: &Input, out: &mut Vec<u8>) {
             out.handle(Kind::Context, *ctx);
             out.addresses([*va, *vram, *frame]);
         }
-        Input::Outlived { ctx, page, place } => {
-            out.byte(OUTLIVED);
+        Input::Outlived { ctx, page, place, sight, still } => {
+            out.byte(OUTLIVED | if *still { TOLD } else { 0 });
+            out.byte(match sight {
+                Sight::Returned => 0,
+                Sight::Again => 1,
+                Sight::Beat => 2,
+                Sight::Last => 3,
+            });
             out.handle(Kind::Context, *ctx);
             out.handle(Kind::DataPage, *page);
             out.number(place.mm);
@@ -232,6 +241,10 @@ fn device(out: &mut Writer<'_>, event: &DeviceEvent, flags: u8) {
         }
         E::DataReturned { ctx, page } => {
             about(DATA_RETURNED, ctx, &[]);
+            out.handle(Kind::DataPage, page);
+        }
+        E::DataGranted { ctx, page } => {
+            about(DATA_GRANTED, ctx, &[]);
             out.handle(Kind::DataPage, page);
         }
         E::Invalidate { ctx, start, last } => {
@@ -416,7 +429,7 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Input> {
     let tag = from.byte()?;
     let (told, attended) = (tag & TOLD != 0, tag & ATTENDED != 0);
     let input = match tag & 0x3f {
-        tag @ BOUND..=DATA_RETURNED => Input::Device { event: from.event(tag)?, told, attended },
+        tag @ BOUND..=DATA_GRANTED => Input::Device { event: from.event(tag)?, told, attended },
         WITNESS => Input::Witness(from.record()?),
         ASSOCIATE => Input::Associate { record: from.record()?, live: told },
         BAD_RECORD => Input::BadRecord,
@@ -468,10 +481,12 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Input> {
                 0 => Outcome::Settled,
                 1 => Outcome::Lasting,
                 2 => Outcome::Wrong(from.rule()?, from.page()?),
+                3 => Outcome::Past,
+                4 => Outcome::Never,
                 _ => return None,
             };
             // It is found by its place; why it is in doubt the state knows itself.
-            Input::Doubted { ctx, doubt: Doubt { va, leaf, cause: Cause::Absent, beats }, outcome }
+            Input::Doubted { ctx, doubt: Doubt { beats, ..Doubt::new(va, leaf, Cause::Absent) }, outcome }
         }
         PRIVATE => Input::Private {
             ctx: from.handle(Kind::Context)?,
@@ -480,6 +495,14 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Input> {
             frame: from.address()?,
         },
         OUTLIVED => Input::Outlived {
+            sight: match from.byte()? {
+                0 => Sight::Returned,
+                1 => Sight::Again,
+                2 => Sight::Beat,
+                3 => Sight::Last,
+                _ => return None,
+            },
+            still: told,
             ctx: from.handle(Kind::Context)?,
             page: from.handle(Kind::DataPage)?,
             place: Place { mm: from.number()?, va: from.address()?, frame: from.address()? },
@@ -660,6 +683,7 @@ impl Reader<'_> {
             LEAF_SET_UNLINKED => E::LeafSet { ctx, va: None, pte: self.address()? },
             LEAF_CLEARED => E::LeafCleared { ctx, count: self.small()?, va: self.maybe(Self::address)? },
             DATA_RETURNED => E::DataReturned { ctx, page: self.handle(Kind::DataPage)? },
+            DATA_GRANTED => E::DataGranted { ctx, page: self.handle(Kind::DataPage)? },
             INVALIDATE | INVALIDATE_DONE => {
                 let start = self.address()?;
                 let last = start.wrapping_add(self.number()?);

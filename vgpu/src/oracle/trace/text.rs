@@ -11,6 +11,7 @@ use super::super::event::{ContextView, DeviceEvent, RangeView};
 use super::super::input::Input;
 use super::super::mirror::Verdict;
 use super::super::moments::Moment;
+use super::super::private::Place;
 use super::super::range::Range;
 use super::leaf_last;
 use crate::cpu::Page;
@@ -82,7 +83,9 @@ fn device_concerns(event: &DeviceEvent, ctx: Option<Handle>, va: Option<u64>) ->
         | E::FaultReplayed { ctx, va: at, .. }
         | E::FaultCancelled { ctx, va: at, .. }
         | E::FaultDropped { ctx, va: at, .. } => (ctx, on_page(va, at, at)),
-        E::JobDone { ctx, .. } | E::DataReturned { ctx, .. } => (ctx, va.is_none()),
+        E::JobDone { ctx, .. } | E::DataReturned { ctx, .. } | E::DataGranted { ctx, .. } => {
+            (ctx, va.is_none())
+        }
         E::Disabled { .. } | E::Reset => return true,
     };
     ctx.is_none_or(|ctx| ctx == of) && place
@@ -141,6 +144,8 @@ fn line(text: &mut String, input: &Input) -> fmt::Result {
             match outcome {
                 Outcome::Settled => text.write_str("settled"),
                 Outcome::Lasting => write!(text, "still there, after {} heartbeats", doubt.beats + 1),
+                Outcome::Past => text.write_str("gone, and the CPU still has nothing"),
+                Outcome::Never => text.write_str("the place goes, and the CPU still has nothing"),
                 Outcome::Wrong(_, page) => write!(text, "the CPU has {}", Cpu(page)),
             }
         }
@@ -150,12 +155,10 @@ fn line(text: &mut String, input: &Input) -> fmt::Result {
                 "oracle: {ctx} VRAM page {vram:#x} is the device-private frame {frame:#x} of {va:#x}"
             )
         }
-        Input::Outlived { page, place, .. } => {
-            write!(
-                text,
-                "oracle: the CPU still has {page} at {:#x} (device-private frame {:#x})",
-                place.va, place.frame
-            )
+        Input::Outlived { page, place, still, .. } => {
+            let has = if *still { "still has" } else { "has no more" };
+            let Place { va, frame, .. } = place;
+            write!(text, "oracle: the CPU {has} {page} at {va:#x} (device-private frame {frame:#x})")
         }
         Input::Parked { ctx, parked } => {
             let parked = if *parked { "are still parked" } else { "have been answered" };
@@ -277,6 +280,7 @@ fn device(out: &mut String, event: &DeviceEvent) -> fmt::Result {
         }
         E::LeafSet { ctx, va, pte } => write!(out, "{ctx} leaf set at {}: {}", At(va), Entry(pte)),
         E::LeafCleared { ctx, va, count } => write!(out, "{ctx} {count} leaves cleared from {}", At(va)),
+        E::DataGranted { ctx, page } => write!(out, "{ctx} was granted {page}"),
         E::DataReturned { ctx, page } => write!(out, "{ctx} gave {page} back"),
         E::Invalidate { ctx, start, last } => write!(out, "{ctx} invalidate {start:#x}-{last:#x} begins"),
         E::InvalidateDone { ctx, start, last } => write!(out, "{ctx} invalidate {start:#x}-{last:#x} done"),

@@ -11,6 +11,7 @@ use vgpu_spec::pte::{HUGE, VALID, WRITE};
 use vgpu_spec::range as spec;
 use vgpu_spec::witness::{self, Record};
 
+use super::super::doubt::{Cause, Doubt, Outcome};
 use super::super::model_test::{Model, any_event, any_record, step};
 use super::super::oracle_test::{NOT_CLEAN, PTE, VA, ctx};
 use super::super::range_test::guest;
@@ -80,7 +81,7 @@ fn every_input_is_read_back() {
         number: u64::MAX,
     };
     let (a, va, leaf) = (ctx(3, 7), VA, PTE | HUGE);
-    let doubt = doubt::Doubt { va, leaf, cause: Cause::Absent, beats: 2 };
+    let doubt = Doubt { beats: 2, ..Doubt::new(va, leaf, Cause::Absent) };
     let mut report = Violation::new(Rule::KernelOops, "é".repeat(100)).on(a).at(Some(va), None);
     report.events = vec!["a line".to_owned(), String::new()];
     let view = ContextView {
@@ -119,9 +120,28 @@ fn every_input_is_read_back() {
         mismatch(Verdict::Moving),
         mismatch(Verdict::Wrong(Rule::MirrorWrongPage)),
         Input::Doubted { ctx: a, doubt: doubt.clone(), outcome: Outcome::Lasting },
-        Input::Doubted { ctx: a, doubt, outcome: Outcome::Wrong(Rule::MirrorExcessRights, page) },
+        Input::Doubted {
+            ctx: a,
+            doubt: doubt.clone(),
+            outcome: Outcome::Wrong(Rule::MirrorExcessRights, page),
+        },
         Input::Private { ctx: a, va, vram: 0x3000, frame: 0x1_0000_0000 },
-        Input::Outlived { ctx: a, page: Handle::new(Kind::DataPage, 4, 1), place },
+        Input::Doubted { ctx: a, doubt: doubt.clone(), outcome: Outcome::Past },
+        Input::Doubted { ctx: a, doubt: doubt.clone(), outcome: Outcome::Never },
+        Input::Outlived {
+            ctx: a,
+            page: Handle::new(Kind::DataPage, 4, 1),
+            place,
+            sight: Sight::Returned,
+            still: true,
+        },
+        Input::Outlived {
+            ctx: a,
+            page: Handle::new(Kind::DataPage, 4, 1),
+            place,
+            sight: Sight::Last,
+            still: false,
+        },
         Input::Parked { ctx: a, parked: true },
         Input::Report(Box::new(report)),
         Input::Gap("the witness missed 3 probes".to_owned()),
@@ -134,6 +154,11 @@ fn every_input_is_read_back() {
             event: DeviceEvent::LeafSet { ctx: a, va: Some(va), pte: leaf },
             told: true,
             attended: true,
+        },
+        Input::Device {
+            event: DeviceEvent::DataGranted { ctx: a, page: Handle::new(Kind::DataPage, 4, 1) },
+            told: false,
+            attended: false,
         },
         Input::Device {
             event: DeviceEvent::DataReturned { ctx: a, page: Handle::new(Kind::DataPage, 4, 1) },
