@@ -171,6 +171,12 @@ static int vgpu_mirror_look(struct vgpu_ctx *ctx, const struct vgpu_fault *fault
 	end = max((va & ~(around - 1)) + around, wanted);
 	end = min3(end, base + VGPU_HUGE_SIZE, vma->vm_end);
 
+	/* HMM faults in what follows a missing page too, and may fail over that. */
+	if (bytes == 1) {
+		start = page;
+		end = page + PAGE_SIZE;
+	}
+
 	w->range.start = start;
 	w->range.end = end;
 	w->must = (page - start) >> PAGE_SHIFT;
