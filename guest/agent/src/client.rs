@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use vgpu_spec::job;
-use vgpu_spec::uapi::Submit;
+use vgpu_spec::uapi::{Submit, Wait};
 
 use crate::device::{Device, DeviceFile};
 use crate::memory::{Mapping, PAGE, Pattern, peek};
@@ -108,6 +108,10 @@ pub(crate) struct Done {
 }
 
 impl Done {
+    fn of(context: u64, wait: &Wait) -> Self {
+        Self { context, status: wait.status, result: wait.result, address: wait.address }
+    }
+
     /// It must have been carried out. A fault that ended it is one on memory that is there.
     pub(crate) fn ok(self) -> Checked<Self> {
         if self.status == job::JOB_FAULT {
@@ -125,10 +129,15 @@ impl Done {
         Ok(self)
     }
 
+    /// Whether it faulted in the page at `address`.
+    pub(crate) fn has_faulted_at(self, address: u64) -> bool {
+        let page = !(PAGE as u64 - 1);
+        self.status == job::JOB_FAULT && self.address & page == address & page
+    }
+
     /// It must have faulted in the page at `address`. That it was carried out instead is data the device must not have
     /// reached, and is reported as such.
     pub(crate) fn faulted_at(self, address: u64) -> Checked {
-        let page = !(PAGE as u64 - 1);
         if self.status == job::JOB_OK {
             return Err(Failure::reached(
                 self.context,
@@ -136,7 +145,7 @@ impl Done {
                 format!("the job should have faulted but ended with {self}"),
             ));
         }
-        require(self.status == job::JOB_FAULT && self.address & page == address & page, || {
+        require(self.has_faulted_at(address), || {
             format!("the job should have faulted at {address:#x} but ended with {self}")
         })
     }
@@ -255,15 +264,24 @@ impl Context {
             let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
             match self.file.wait(ticket.queue, ticket.fence, left) {
                 Ok(wait) => {
-                    return Ok(Done {
-                        context: self.handle,
-                        status: wait.status,
-                        result: wait.result,
-                        address: wait.address,
-                    });
+                    return Ok(Done::of(self.handle, &wait));
                 }
                 Err(Errno::EINTR) if Instant::now() < until => {}
                 Err(errno) => return Err(errno).doing("wait"),
+            }
+        }
+    }
+
+    /// Waits for a job, and does something every few milliseconds meanwhile, such as serving what it waits for.
+    pub(crate) fn wait_and(&self, ticket: Ticket, mut meanwhile: impl FnMut() -> Checked) -> Checked<Done> {
+        let until = Instant::now() + JOB_BOUND;
+        loop {
+            match self.file.wait(ticket.queue, ticket.fence, Duration::from_millis(5)) {
+                Err(Errno::ETIME | Errno::EINTR) if Instant::now() < until => meanwhile()?,
+                other => {
+                    let wait = other.doing("wait")?;
+                    return Ok(Done::of(self.handle, &wait));
+                }
             }
         }
     }
@@ -292,8 +310,13 @@ impl Context {
         bytes: usize,
         pattern: Pattern,
     ) -> Checked {
-        let start = map.at(offset);
-        let done = self.run(Job::check(start, bytes, pattern).queue(queue))?.ok().doing("device check")?;
+        let done = self.run(Job::check(map.at(offset), bytes, pattern).queue(queue))?;
+        self.checked(done, map.at(offset), pattern)
+    }
+
+    /// A check that has ended must have found the pattern, which begins at `start`.
+    pub(crate) fn checked(&self, done: Done, start: u64, pattern: Pattern) -> Checked {
+        let done = done.ok().doing("device check")?;
         if done.result == 0 {
             return Ok(());
         }

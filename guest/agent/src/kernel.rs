@@ -225,6 +225,26 @@ pub(crate) fn move_pages(addresses: &[u64], node: i32) -> Result<Vec<i32>, Errno
     Errno::result(done).map(|_| status)
 }
 
+/// mbind: pages of a range are to come from `node`, and those that are there go there. All of it must be mapped.
+pub(crate) fn prefer_node(address: u64, bytes: usize, node: i32) -> Result<(), Errno> {
+    const MPOL_PREFERRED: libc::c_int = 1;
+    const MPOL_MF_MOVE: libc::c_int = 2;
+    let nodes = 1_u64.checked_shl(node.unsigned_abs()).unwrap_or(0);
+    // SAFETY: one word of node numbers, which lives through the call; the pages stay where they are mapped.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mbind,
+            address,
+            bytes,
+            MPOL_PREFERRED,
+            &raw const nodes,
+            u64::BITS,
+            MPOL_MF_MOVE,
+        )
+    };
+    Errno::result(done).map(drop)
+}
+
 /// Lets a signal come and go without an effect.
 pub(crate) fn pass_over(signal: nix::sys::signal::Signal) -> Checked {
     use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, sigaction};

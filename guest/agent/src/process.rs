@@ -269,7 +269,7 @@ impl Drop for Child {
 }
 
 /// A descriptor of a process that is readable when the process has ended.
-fn pidfd(pid: Pid) -> Result<OwnedFd, Errno> {
+pub(crate) fn pidfd(pid: Pid) -> Result<OwnedFd, Errno> {
     // SAFETY: a system call with plain numbers; what it returns is a new descriptor or an error.
     let fd = Errno::result(unsafe { nix::libc::syscall(nix::libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
     // SAFETY: a descriptor that was made just now, and is nobody else's.

@@ -56,6 +56,7 @@ mod abi {
     pub(super) const FLAG_WP: u64 = 2;
     nix::ioctl_readwrite!(api, 0xaa, 0x3f, Api);
     nix::ioctl_readwrite!(register, 0xaa, 0x00, Register);
+    nix::ioctl_read!(unregister, 0xaa, 0x01, Range);
     nix::ioctl_readwrite!(copy, 0xaa, 0x03, Copy);
     nix::ioctl_readwrite!(write_protect, 0xaa, 0x06, WriteProtect);
 }
@@ -69,21 +70,12 @@ pub(crate) enum Mode {
     WriteProtect,
 }
 
-/// Who serves the faults of one mapping.
-pub(crate) struct Server<'m> {
-    fd: File,
-    map: &'m Mapping,
-    /// What a page that is not there is filled with.
-    pattern: Pattern,
-    /// A page to copy from.
-    page: Mapping,
-    served: Mutex<BTreeSet<u64>>,
-    stop: AtomicBool,
-}
+/// A descriptor by which ranges are registered, and through which their faults are told.
+pub(crate) struct Uffd(File);
 
-impl<'m> Server<'m> {
-    /// Registers all of a mapping.
-    pub(crate) fn new(map: &'m Mapping, mode: Mode, pattern: Pattern) -> Checked<Self> {
+impl Uffd {
+    /// One without any range yet.
+    pub(crate) fn new() -> Checked<Self> {
         // SAFETY: a system call with plain numbers; what it returns is a new descriptor or an error.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
         let fd = match Errno::result(fd) {
@@ -97,20 +89,86 @@ impl<'m> Server<'m> {
         let mut api = abi::Api { api: abi::API, features: 0, ioctls: 0 };
         // SAFETY: as everywhere below, the structure is the one that the ioctl's number names, and lives through the call.
         unsafe { abi::api(fd.as_raw_fd(), &mut api) }.doing("UFFDIO_API")?;
+        Ok(Self(fd))
+    }
+
+    fn raw(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+
+    /// Registers a part of a mapping, all of which must be mapped.
+    pub(crate) fn register(&self, map: &Mapping, at: usize, bytes: usize, mode: Mode) -> Checked {
         let bits = if mode == Mode::Missing { abi::MISSING } else { abi::WP };
-        let range = abi::Range { start: map.at(0), len: map.bytes() as u64 };
+        let range = abi::Range { start: map.at(at), len: bytes as u64 };
         let mut register = abi::Register { range, mode: bits, ioctls: 0 };
-        // SAFETY: see above.
-        match unsafe { abi::register(fd.as_raw_fd(), &mut register) } {
+        // SAFETY: see `new`.
+        match unsafe { abi::register(self.raw(), &mut register) } {
             Err(Errno::EINVAL) if mode == Mode::WriteProtect => {
-                return Err(Failure::Skip(
-                    "this kernel does not have write protection by userfaultfd".to_owned(),
-                ));
+                Err(Failure::Skip("this kernel does not have write protection by userfaultfd".to_owned()))
             }
-            other => other.doing("UFFDIO_REGISTER")?,
-        };
+            other => other.doing("UFFDIO_REGISTER").map(drop),
+        }
+    }
+
+    /// Registered no more: what was protected can be written again.
+    pub(crate) fn unregister(&self, map: &Mapping, at: usize, bytes: usize) -> Checked {
+        let mut range = abi::Range { start: map.at(at), len: bytes as u64 };
+        // SAFETY: see `new`.
+        unsafe { abi::unregister(self.raw(), &mut range) }.doing("UFFDIO_UNREGISTER").map(drop)
+    }
+
+    /// Protects pages that are present from writing, or lets them be written again.
+    pub(crate) fn protect(&self, map: &Mapping, at: usize, bytes: usize, on: bool) -> Checked {
+        let range = abi::Range { start: map.at(at), len: bytes as u64 };
+        let mut wp = abi::WriteProtect { range, mode: if on { abi::PROTECT } else { 0 } };
+        // SAFETY: see `new`.
+        unsafe { abi::write_protect(self.raw(), &mut wp) }.doing("UFFDIO_WRITEPROTECT").map(drop)
+    }
+
+    /// The next fault that waits to be served, if there is one.
+    pub(crate) fn fault(&self) -> Checked<Option<Fault>> {
+        // struct uffd_msg: an event, and for a fault its flags and address.
+        let mut message = [0_u8; 32];
+        match (&self.0).read(&mut message) {
+            Ok(32) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(None),
+            other => return Err(Failure::wrong(format!("read of a userfaultfd: {other:?}"))),
+        }
+        let word = |at: usize| u64::from_ne_bytes(std::array::from_fn(|index| message[at + index]));
+        let address = word(16) & !(PAGE as u64 - 1);
+        let fault = Fault { address, protected: word(8) & abi::FLAG_WP != 0 };
+        Ok((message[0] == abi::EVENT_PAGEFAULT).then_some(fault))
+    }
+}
+
+/// A fault that waits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fault {
+    /// Of its page.
+    pub(crate) address: u64,
+    /// It would write to a page that is protected.
+    pub(crate) protected: bool,
+}
+
+/// Who serves the faults of one mapping.
+pub(crate) struct Server<'m> {
+    uffd: Uffd,
+    map: &'m Mapping,
+    /// What a page that is not there is filled with.
+    pattern: Pattern,
+    /// A page to copy from.
+    page: Mapping,
+    served: Mutex<BTreeSet<u64>>,
+    stop: AtomicBool,
+}
+
+impl<'m> Server<'m> {
+    /// Registers all of a mapping.
+    pub(crate) fn new(map: &'m Mapping, mode: Mode, pattern: Pattern) -> Checked<Self> {
+        let uffd = Uffd::new()?;
+        uffd.register(map, 0, map.bytes(), mode)?;
         Ok(Self {
-            fd,
+            uffd,
             map,
             pattern,
             page: Mapping::small(PAGE).doing("mmap")?,
@@ -121,10 +179,7 @@ impl<'m> Server<'m> {
 
     /// Protects a part from writing, or lets it be written again.
     pub(crate) fn protect(&self, at: usize, bytes: usize, on: bool) -> Checked {
-        let range = abi::Range { start: self.map.at(at), len: bytes as u64 };
-        let mut wp = abi::WriteProtect { range, mode: if on { abi::PROTECT } else { 0 } };
-        // SAFETY: see `new`.
-        unsafe { abi::write_protect(self.fd.as_raw_fd(), &mut wp) }.doing("UFFDIO_WRITEPROTECT").map(drop)
+        self.uffd.protect(self.map, at, bytes, on)
     }
 
     /// Whether a fault of the page at this offset was served.
@@ -141,39 +196,31 @@ impl<'m> Server<'m> {
     /// Serves faults until [`Server::stop`].
     pub(crate) fn run(&self) -> Checked {
         while !self.stop.load(Ordering::Acquire) {
-            let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+            let mut fds = [PollFd::new(self.uffd.0.as_fd(), PollFlags::POLLIN)];
             match poll(&mut fds, PollTimeout::from(10_u8)) {
                 Ok(0) | Err(Errno::EINTR) => continue,
                 other => other.doing("poll")?,
             };
-            // struct uffd_msg: an event, and for a fault its flags and address.
-            let mut message = [0_u8; 32];
-            match (&self.fd).read(&mut message) {
-                Ok(32) => {}
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => continue,
-                other => return Err(Failure::wrong(format!("read of a userfaultfd: {other:?}"))),
-            }
-            let word = |at: usize| u64::from_ne_bytes(std::array::from_fn(|index| message[at + index]));
-            if message[0] == abi::EVENT_PAGEFAULT {
-                self.serve(word(8), word(16) & !(PAGE as u64 - 1))?;
+            if let Some(fault) = self.uffd.fault()? {
+                self.serve(fault)?;
             }
         }
         Ok(())
     }
 
-    fn serve(&self, flags: u64, address: u64) -> Checked {
+    fn serve(&self, Fault { address, protected }: Fault) -> Checked {
         if let Ok(mut served) = self.served.lock() {
             served.insert(address);
         }
         let at = address.wrapping_sub(self.map.at(0)) as usize;
-        if flags & abi::FLAG_WP != 0 {
+        if protected {
             return self.protect(at, PAGE, false);
         }
         self.page.fill(0, PAGE, self.pattern.from(at));
         let (src, len) = (self.page.at(0), PAGE as u64);
         let mut copy = abi::Copy { dst: address, src, len, mode: 0, copied: 0 };
         // SAFETY: see `new`; it fills a page that is not there, of a mapping where no Rust object lives.
-        match unsafe { abi::copy(self.fd.as_raw_fd(), &mut copy) } {
+        match unsafe { abi::copy(self.uffd.raw(), &mut copy) } {
             // Somebody was faster, or the mapping changes: the fault comes again.
             Ok(_) | Err(Errno::EEXIST | Errno::EAGAIN | Errno::ENOENT) => Ok(()),
             Err(errno) => Err(errno).doing("UFFDIO_COPY"),

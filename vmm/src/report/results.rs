@@ -142,6 +142,9 @@ pub struct WorkloadResult {
     pub skipped: u64,
     /// Why it did not pass.
     pub detail: Option<String>,
+    /// What moved memory while it worked (cases `mover/NAME`), and in how many of its rounds.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub movers: BTreeMap<String, u64>,
 }
 
 /// How a workload ended.
@@ -336,6 +339,7 @@ pub(crate) mod tests {
                 failed: 1,
                 skipped: 1,
                 detail: Some("not run: guest died".into()),
+                movers: BTreeMap::new(),
             }],
             exec_status: Some(3),
             scenario: None,

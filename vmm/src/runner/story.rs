@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the guest has told so far: how far its plan is, what its workloads found.
 
+use std::collections::BTreeMap;
+
 use guest_protocol::{Case, Message, Outcome, Plan, Reader};
 use vgpu::oracle::{Rule, Violation};
 use vgpu_spec::handle::Handle;
@@ -46,6 +48,7 @@ impl Story {
             failed: 0,
             skipped: 0,
             detail: None,
+            movers: BTreeMap::new(),
         });
         Self {
             workloads: workloads.collect(),
@@ -135,7 +138,7 @@ impl Story {
         if let Some(result) = self.running() {
             result.cases += 1;
             match case.outcome {
-                Outcome::Pass => {}
+                Outcome::Pass => count_mover(&mut result.movers, &case.case),
                 Outcome::Fail => result.failed += 1,
                 Outcome::Skip => result.skipped += 1,
             }
@@ -220,6 +223,19 @@ fn mismatch(case: &Case) -> Option<Violation> {
     Some(violation)
 }
 
+/// A case that tells of what moved memory while others worked is counted by its name.
+fn count_mover(movers: &mut BTreeMap<String, u64>, case: &str) {
+    // More than any agent of ours has.
+    const MOST: usize = 64;
+    let plain = |name: &&str| {
+        (1..=MOST).contains(&name.len()) && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+    };
+    let Some(name) = case.strip_prefix("mover/").filter(plain) else { return };
+    if movers.len() < MOST || movers.contains_key(name) {
+        *movers.entry(name.to_owned()).or_default() += 1;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -267,6 +283,21 @@ mod tests {
             (WorkloadOutcome::Pass, 9, 0.0)
         );
         assert_eq!(story.workload(), None);
+    }
+
+    #[test]
+    fn what_moved_memory_is_counted_by_its_name() {
+        let mut story = Story::new(&plan(&RunConfig::for_tests()));
+        story.message(&start("access"));
+        for name in ["mover/ksm", "mover/swapoff", "mover/ksm", "slot-0", "mover/\u{1b}[31m", "mover/"] {
+            let case = Case { case: name.to_owned(), ..case(Outcome::Pass, None) };
+            story.message(&Message::Case(case));
+        }
+        let failed = Case { case: "mover/damon".into(), ..case(Outcome::Fail, None) };
+        story.message(&Message::Case(failed));
+        let movers = &story.results("")[0].movers;
+        let counted: Vec<_> = movers.iter().map(|(name, rounds)| (name.as_str(), *rounds)).collect();
+        assert_eq!(counted, [("ksm", 2), ("swapoff", 1)]);
     }
 
     #[test]

@@ -178,6 +178,7 @@ mod tests {
                 failed: 0,
                 skipped: 0,
                 detail: None,
+                movers: Default::default(),
             }],
             ..Evidence::default()
         }

@@ -134,10 +134,15 @@ impl<'r, 'a> Round<'r, 'a> {
 
     /// Chance for a case: depends on the seed, the round and the name, not on what ran before.
     pub(crate) fn rng(&self, name: &str) -> Rng {
+        self.rng_of(name, self.iteration)
+    }
+
+    /// Chance for several rounds together, which have this number.
+    pub(crate) fn rng_of(&self, name: &str, rounds: u64) -> Rng {
         let label = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
-        Rng::derived(self.seed ^ label, self.iteration)
+        Rng::derived(self.seed ^ label, rounds)
     }
 
     /// Runs a case and reports it.
@@ -154,8 +159,13 @@ impl<'r, 'a> Round<'r, 'a> {
 
     /// Reports a case that was run otherwise.
     pub(crate) fn report(&mut self, name: &str, took: Duration, result: Checked) {
+        self.report_with(name, took, result.map(|()| None));
+    }
+
+    /// The same; of a case that has passed something may be said.
+    pub(crate) fn report_with(&mut self, name: &str, took: Duration, result: Checked<Option<String>>) {
         let (outcome, detail, mismatch) = match result {
-            Ok(()) => (Outcome::Pass, None, None),
+            Ok(said) => (Outcome::Pass, said, None),
             Err(Failure::Skip(why)) => (Outcome::Skip, Some(why), None),
             Err(failure @ Failure::Wrong(_)) => (Outcome::Fail, Some(failure.to_string()), None),
             Err(failure @ Failure::Mismatch(mismatch, _)) => {

@@ -109,6 +109,12 @@ fn workloads(text: &mut String, results: &Results, paint: Paint<'_>) {
             workload.name, workload.cases, workload.failed, workload.seconds
         );
     }
+    for workload in results.workloads.iter().filter(|workload| !workload.movers.is_empty()) {
+        let movers: Vec<_> =
+            workload.movers.iter().map(|(name, rounds)| format!("{name} {rounds}")).collect();
+        let _ =
+            writeln!(text, "movers at work in {}, in so many rounds: {}", workload.name, movers.join(", "));
+    }
 }
 
 fn checked(text: &mut String, results: &Results) {

@@ -17,20 +17,22 @@ const ADMIN: &str = "/sys/kernel/mm/damon/admin/kdamonds";
 
 const STATISTICS: &str = "/sys/module/damon_stat/parameters/enabled";
 
+/// What schemes do. `stat` only looks; the others act on whatever they find.
+pub(in crate::workload) const ACTIONS: [&str; 5] = ["stat", "cold", "pageout", "hugepage", "nohugepage"];
+
 pub(super) fn round(round: &mut Round<'_, '_>) {
     let device = round.ground.device;
-    // `stat` only looks; the others act on whatever they find.
-    for action in ["stat", "cold", "pageout", "hugepage", "nohugepage"] {
+    for action in ACTIONS {
         round.case(action, |rng| scheme(device, rng, action));
     }
 }
 
 /// A monitor that is switched off and taken away when it is dropped.
-struct Monitor(PathBuf);
+pub(in crate::workload) struct Monitor(PathBuf);
 
 impl Monitor {
     /// Of this process, with one scheme that applies to every region.
-    fn start(action: &str) -> Checked<Self> {
+    pub(in crate::workload) fn start(action: &str) -> Checked<Self> {
         let admin = Path::new(ADMIN);
         write(admin.join("nr_kdamonds"), "1")?;
         let monitor = Self(admin.join("0"));
@@ -57,7 +59,7 @@ impl Monitor {
     }
 
     /// How often the scheme was tried on a region.
-    fn tried(&self) -> Checked<u64> {
+    pub(in crate::workload) fn tried(&self) -> Checked<u64> {
         write(self.0.join("state"), "update_schemes_stats")?;
         let text = read(self.0.join("contexts/0/schemes/0/stats/nr_tried"))?;
         Ok(text.parse().unwrap_or(0))
@@ -71,13 +73,15 @@ impl Drop for Monitor {
     }
 }
 
+/// Switches off a monitor that newer kernels start by themselves, and that lets no other run beside it.
+pub(in crate::workload) fn alone(settings: &mut Settings) -> Checked {
+    if Path::new(STATISTICS).exists() { settings.set(STATISTICS, "N") } else { Ok(()) }
+}
+
 fn scheme(device: &dyn Device, rng: &mut Rng, action: &str) -> Checked {
     only_in_a_guest()?;
     let mut settings = Settings::default();
-    // A monitor that newer kernels start by themselves, and that lets no other run beside it.
-    if Path::new(STATISTICS).exists() {
-        settings.set(STATISTICS, "N")?;
-    }
+    alone(&mut settings)?;
     with_swap(|| {
         let mut scene = Scene::new(device, rng, Mapping::huge(2 * HUGE).doing("mmap")?)?;
         let monitor = Monitor::start(action)?;

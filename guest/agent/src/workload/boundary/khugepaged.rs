@@ -27,12 +27,10 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     round.case("collapse/shared", |rng| collapse(device, rng, true));
 }
 
-/// Small pages that khugepaged is allowed, and sooner or later does, make large.
-fn by_thread(device: &dyn Device, rng: &mut Rng, size: Option<&str>) -> Checked {
-    only_in_a_guest()?;
-    let mut settings = Settings::default();
+/// Has khugepaged look at everything every so many milliseconds, and make pages of this size, or huge ones.
+pub(in crate::workload) fn eager(settings: &mut Settings, pause_ms: u64, size: Option<&str>) -> Checked {
     let tunable = |name: &str| Path::new(THP).join("khugepaged").join(name);
-    settings.set(tunable("scan_sleep_millisecs"), "0")?;
+    settings.set(tunable("scan_sleep_millisecs"), &pause_ms.to_string())?;
     settings.set(tunable("alloc_sleep_millisecs"), "0")?;
     settings.set(tunable("pages_to_scan"), "65536")?;
     if let Some(size) = size {
@@ -40,6 +38,14 @@ fn by_thread(device: &dyn Device, rng: &mut Rng, size: Option<&str>) -> Checked 
         settings.set(Path::new(THP).join("hugepages-2048kB/enabled"), "never")?;
         settings.set(tunable("max_ptes_none"), "0")?;
     }
+    Ok(())
+}
+
+/// Small pages that khugepaged is allowed, and sooner or later does, make large.
+fn by_thread(device: &dyn Device, rng: &mut Rng, size: Option<&str>) -> Checked {
+    only_in_a_guest()?;
+    let mut settings = Settings::default();
+    eager(&mut settings, 0, size)?;
     let mut scene = Scene::new(device, rng, Mapping::new(2 * HUGE, HUGE, Backing::Anonymous).doing("mmap")?)?;
     // Made of small pages before it may be of large ones.
     let before = collapsed();
@@ -64,7 +70,7 @@ fn by_thread(device: &dyn Device, rng: &mut Rng, size: Option<&str>) -> Checked 
 }
 
 /// Huge pages that were made of small ones, and those in between where the kernel counts them.
-fn collapsed() -> u64 {
+pub(in crate::workload) fn collapsed() -> u64 {
     let sizes = std::fs::read_dir(THP).into_iter().flatten().flatten();
     let count = |dir: std::path::PathBuf| {
         // The counters of 7.x for each size.

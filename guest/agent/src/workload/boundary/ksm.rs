@@ -25,12 +25,11 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     round.case("merge/zeros", |rng| merge(device, rng, true));
 }
 
-fn merge(device: &dyn Device, rng: &mut Rng, zeros: bool) -> Checked {
-    only_in_a_guest()?;
-    let mut settings = Settings::default();
+/// Switches ksmd on, with so many milliseconds between two looks; pages of zeros become the zero page if so wished.
+pub(in crate::workload) fn eager(settings: &mut Settings, pause_ms: u64, zeros: bool) -> Checked {
     let tunable = |name: &str| Path::new(KSM).join(name);
     settings.set(tunable("pages_to_scan"), "10000")?;
-    settings.set(tunable("sleep_millisecs"), "5")?;
+    settings.set(tunable("sleep_millisecs"), &pause_ms.to_string())?;
     if zeros {
         settings.set(tunable("use_zero_pages"), "1")?;
     }
@@ -38,7 +37,13 @@ fn merge(device: &dyn Device, rng: &mut Rng, zeros: bool) -> Checked {
         // It would leave pages out that did not merge at once.
         settings.set(tunable("smart_scan"), "0")?;
     }
-    settings.set(tunable("run"), "1")?;
+    settings.set(tunable("run"), "1")
+}
+
+fn merge(device: &dyn Device, rng: &mut Rng, zeros: bool) -> Checked {
+    only_in_a_guest()?;
+    let mut settings = Settings::default();
+    eager(&mut settings, 5, zeros)?;
 
     let map = Mapping::small(PAGES * PAGE).doing("mmap")?;
     let context = Context::bind(device)?;
@@ -80,7 +85,7 @@ fn merge(device: &dyn Device, rng: &mut Rng, zeros: bool) -> Checked {
 }
 
 /// Pages that share another's, by the kernel's count; those that became the zero page are counted apart.
-fn shared() -> Checked<u64> {
+pub(in crate::workload) fn shared() -> Checked<u64> {
     let number = |name: &str| -> Checked<u64> { Ok(read(Path::new(KSM).join(name))?.parse().unwrap_or(0)) };
     Ok(number("pages_sharing")? + number("ksm_zero_pages").unwrap_or(0))
 }

@@ -5,21 +5,21 @@
 //! Each checks what device and CPU read against a model, while and after it happens, and touches a hole that must fault. What a
 //! kernel lacks is a skipped case with the reason.
 
-mod compaction;
-mod damon;
+pub(super) mod compaction;
+pub(super) mod damon;
 mod hugetlb;
-mod khugepaged;
-mod ksm;
+pub(super) mod khugepaged;
+pub(super) mod ksm;
 mod memory_failure;
 mod mremap;
 mod narrow;
-mod numa;
+pub(super) mod numa;
 mod oom;
 mod process_madvise;
 mod ptrace;
-mod soft_dirty;
+pub(super) mod soft_dirty;
 pub(super) mod swap;
-mod uprobes;
+pub(super) mod uprobes;
 mod userfaultfd;
 mod writeback;
 

@@ -8,13 +8,15 @@ use nix::mount::{MsFlags, mount};
 
 use crate::outcome::{Checked, Failure};
 
+const ROOT: &str = "/sys/fs/cgroup";
+
 /// The group, in the control groups' file system (cgroup2).
 pub(in crate::workload) struct Narrow(PathBuf);
 
 impl Narrow {
     /// One with at most so many bytes, none of them swapped out beyond what there is room for.
     pub(in crate::workload) fn new(bytes: usize) -> Checked<Self> {
-        let root = Path::new("/sys/fs/cgroup");
+        let root = Path::new(ROOT);
         let skip = |what: &str, error: &dyn std::fmt::Display| Failure::Skip(format!("{what}: {error}"));
         match mount(Some("cgroup2"), root, Some("cgroup2"), MsFlags::empty(), None::<&str>) {
             // It is there already.
@@ -36,20 +38,25 @@ impl Narrow {
         self.set("cgroup.procs", "0")
     }
 
+    /// The caller belongs to no such group any more.
+    pub(in crate::workload) fn leave(&self) -> Checked {
+        crate::kernel::write(Path::new(ROOT).join("cgroup.procs"), "0")
+    }
+
     /// Writes to one of its files.
     pub(super) fn set(&self, file: &str, text: &str) -> Checked {
         crate::kernel::write(self.0.join(file), text)
     }
 
     /// A counter in one of its files that has a name and a number in each line.
-    pub(super) fn count(&self, file: &str, name: &str) -> Checked<u64> {
+    pub(in crate::workload) fn count(&self, file: &str, name: &str) -> Checked<u64> {
         let text = crate::kernel::read(self.0.join(file))?;
         let value = |line: &str| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok();
         Ok(text.lines().find_map(value).unwrap_or(0))
     }
 
     /// Has some of its memory reclaimed; whether all that was asked for could be.
-    pub(super) fn reclaim(&self, bytes: usize) -> Checked<bool> {
+    pub(in crate::workload) fn reclaim(&self, bytes: usize) -> Checked<bool> {
         let path = self.0.join("memory.reclaim");
         match std::fs::write(&path, bytes.to_string()) {
             Ok(()) => Ok(true),

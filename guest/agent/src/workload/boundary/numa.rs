@@ -22,15 +22,23 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
 }
 
 /// The last node's number.
-fn last_node() -> Checked<i32> {
+pub(in crate::workload) fn last_node() -> Checked<i32> {
     let online = read("/sys/devices/system/node/online")?;
     let last = online.rsplit(['-', ',']).next().unwrap_or_default();
     last.parse().map_err(|_| Failure::wrong(format!("the nodes online are {online:?}")))
 }
 
-fn one_node() -> Failure {
+pub(in crate::workload) fn one_node() -> Failure {
     Failure::Skip(
         "the guest has one node; --machine qemu has two for numa, or as many as --nodes says".to_owned(),
+    )
+}
+
+/// Switches hinting on, at a pace at which something happens.
+pub(in crate::workload) fn eager(settings: &mut Settings) -> Checked {
+    settings.set("/proc/sys/kernel/numa_balancing", "1")?;
+    [("scan_delay_ms", "0"), ("scan_period_min_ms", "10"), ("scan_period_max_ms", "50")].iter().try_for_each(
+        |(name, value)| settings.set(format!("/sys/kernel/debug/sched/numa_balancing/{name}"), value),
     )
 }
 
@@ -40,11 +48,7 @@ fn hinting(device: &dyn Device, rng: &mut Rng, map: Mapping) -> Checked {
         return Err(one_node());
     }
     let mut settings = Settings::default();
-    settings.set("/proc/sys/kernel/numa_balancing", "1")?;
-    for (name, value) in [("scan_delay_ms", "0"), ("scan_period_min_ms", "10"), ("scan_period_max_ms", "50")]
-    {
-        settings.set(format!("/sys/kernel/debug/sched/numa_balancing/{name}"), value)?;
-    }
+    eager(&mut settings)?;
     let mut scene = Scene::new(device, rng, map)?;
     let before = vmstat("numa_pte_updates");
     let done = AtomicBool::new(false);

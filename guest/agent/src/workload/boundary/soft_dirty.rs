@@ -12,7 +12,7 @@ use crate::rng::Rng;
 /// What clear_refs takes: the soft-dirty bits (Documentation/filesystems/proc.rst).
 pub(in crate::workload) const CLEAR_SOFT_DIRTY: &str = "4";
 /// The accessed bits.
-const CLEAR_ACCESSED: &str = "1";
+pub(in crate::workload) const CLEAR_ACCESSED: &str = "1";
 
 pub(super) fn round(round: &mut Round<'_, '_>) {
     let device = round.ground.device;

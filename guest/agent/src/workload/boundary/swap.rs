@@ -73,6 +73,12 @@ impl Swap {
         result
     }
 
+    /// Takes it out of use, so that all comes back, and puts it into use again.
+    pub(in crate::workload) fn cycle(&self) -> Checked {
+        swap_off(&self.path).doing("swapoff")?;
+        swap_on(&self.path).doing("swapon")
+    }
+
     fn on(number: String, path: &str) -> Checked<Self> {
         let wrong = |error: std::io::Error| Failure::wrong(format!("{path}: {error}"));
         crate::boot::wait_for_node(path)?;

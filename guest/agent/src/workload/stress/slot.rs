@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! One thread's part of the arena, and the model of it.
 
+mod boundary;
+
 use nix::sys::mman::MmapAdvise;
 
-use crate::client::{Context, Job};
+use super::helper::Helper;
+use crate::client::{Context, Done, Job};
 use crate::memory::{Backing, HUGE, Mapping, PAGE, Pattern, Prot};
 use crate::outcome::{Checked, Doing};
 use crate::process::Child;
 use crate::rng::Rng;
+use crate::uffd::Uffd;
 
 /// Bytes that a slot of small pages uses.
 const SMALL: usize = 128 * PAGE;
@@ -20,25 +24,54 @@ struct Page {
     /// `None`: not mapped.
     prot: Option<Prot>,
     pattern: Pattern,
+    /// Its frame was broken, and whoever comes to it is stopped.
+    broken: bool,
 }
 
 impl Page {
-    const FRESH: Self = Self { prot: Some(Prot::Write), pattern: Pattern::ZERO };
-    const GONE: Self = Self { prot: None, pattern: Pattern::ZERO };
+    const FRESH: Self = Self { prot: Some(Prot::Write), pattern: Pattern::ZERO, broken: false };
+    const GONE: Self = Self { prot: None, pattern: Pattern::ZERO, broken: false };
 
     fn readable(self) -> bool {
-        matches!(self.prot, Some(Prot::Read | Prot::Write))
+        !self.broken && matches!(self.prot, Some(Prot::Read | Prot::Write))
     }
 
     fn writable(self) -> bool {
-        self.prot == Some(Prot::Write)
+        !self.broken && self.prot == Some(Prot::Write)
     }
+}
+
+/// What a round's operations are.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Mix {
+    /// Those of the boundary that cost more, and more of them all.
+    pub(super) all: bool,
+    /// Many pages are alike, and may be merged.
+    pub(super) alike: bool,
+    /// Frames break.
+    pub(super) poison: bool,
+    /// The process will be killed for its memory, and has no children that might be killed in its place.
+    pub(super) doomed: bool,
+}
+
+/// What the slots of a round share.
+#[derive(Clone, Copy)]
+pub(super) struct Tools<'a> {
+    pub(super) map: &'a Mapping,
+    pub(super) context: &'a Context,
+    pub(super) mix: Mix,
+    pub(super) helper: Option<&'a Helper>,
+    /// How many the machine has.
+    pub(super) nodes: usize,
 }
 
 /// A thread's slot.
 pub(super) struct Slot<'a> {
     map: &'a Mapping,
     context: &'a Context,
+    tools: Tools<'a>,
+    /// For ranges that are protected now and then.
+    uffd: Option<Uffd>,
     /// Offset in the arena.
     base: usize,
     huge: bool,
@@ -57,11 +90,13 @@ impl<'a> Slot<'a> {
     }
 
     /// Slot `index` of an arena that is all fresh.
-    pub(super) fn new(map: &'a Mapping, context: &'a Context, index: usize, rng: Rng) -> Self {
+    pub(super) fn new(tools: Tools<'a>, index: usize, rng: Rng) -> Self {
         let huge = Self::bytes(index) == HUGE;
         let slot = Self {
-            map,
-            context,
+            map: tools.map,
+            context: tools.context,
+            tools,
+            uffd: Uffd::new().ok(),
             base: index * HUGE,
             huge,
             queue: (index % 2) as u32,
@@ -74,9 +109,13 @@ impl<'a> Slot<'a> {
 
     /// Works on it, and checks all of it in the end.
     pub(super) fn work(&mut self, steps: usize) -> Checked {
+        let others = if self.tools.mix.all { 24 } else { 8 };
         for step in 0..steps {
             let range = self.some_pages();
-            match self.rng.below(64) {
+            if self.tools.mix.poison && self.rng.once_in(30) {
+                self.break_page(range.0).doing(&format!("step {step}"))?;
+            }
+            match self.rng.below(64 + others) {
                 0..=15 => self.device_fill(range),
                 16..=27 => self.device_check(range),
                 28..=31 => self.device_copy(),
@@ -88,7 +127,9 @@ impl<'a> Slot<'a> {
                 54..=58 => self.protect(range),
                 59..=61 => self.move_page(),
                 62 => self.renew_all(),
-                _ => Child::spawn(|_| Ok(()))?.join().doing("fork"),
+                63 if self.tools.mix.doomed => Ok(()),
+                63 => Child::spawn(|_| Ok(()))?.join().doing("fork"),
+                _ => self.shake(range),
             }
             .map_err(|failure| failure.at(&format!("step {step}, pages {range:?}")))?;
         }
@@ -119,14 +160,26 @@ impl<'a> Slot<'a> {
     fn advise_size(&self, offset: usize, bytes: usize) {
         let advice = if self.huge { MmapAdvise::MADV_HUGEPAGE } else { MmapAdvise::MADV_NOHUGEPAGE };
         let _ = self.map.advise(self.base + offset, bytes, advice);
+        if self.tools.mix.alike {
+            let _ = self.map.advise(self.base + offset, bytes, MmapAdvise::MADV_MERGEABLE);
+        }
     }
 
     fn some_pattern(&mut self) -> Pattern {
+        if self.tools.mix.alike && self.rng.once_in(2) {
+            return Pattern { first: self.rng.below(4), step: 0 };
+        }
         Pattern { first: self.rng.next(), step: self.rng.next() | 1 }
     }
 
-    fn job(&self, job: Job) -> Checked<crate::client::Done> {
+    fn job(&self, job: Job) -> Checked<Done> {
         self.context.run(job.queue(self.queue))
+    }
+
+    /// Whether the device was refused a page for the sake of a broken one further on: what follows a missing page is faulted in
+    /// with it by hmm_range_fault(), asked for or not, and a driver that looks around its fault need not try once more alone.
+    fn refused(&self, done: Done, page: usize) -> bool {
+        done.has_faulted_at(self.address(page)) && self.pages[page + 1..].iter().any(|page| page.broken)
     }
 
     /// The device writes; what it may not write stops it at that page.
@@ -136,6 +189,9 @@ impl<'a> Slot<'a> {
         for index in 0..count {
             if !self.pages[first + index].writable() {
                 return done.faulted_at(self.address(first + index)).doing("device fill");
+            }
+            if self.refused(done, first + index) {
+                return Ok(());
             }
             self.pages[first + index].pattern = pattern.from(index * PAGE);
         }
@@ -165,7 +221,12 @@ impl<'a> Slot<'a> {
             let done = self.job(Job::check(self.address(first), count * PAGE, Pattern::ZERO))?;
             return done.faulted_at(self.address(first)).doing("device check");
         }
-        self.context.check_on(self.queue, self.map, self.at(first), count * PAGE, self.pages[first].pattern)
+        let pattern = self.pages[first].pattern;
+        let done = self.job(Job::check(self.address(first), count * PAGE, pattern))?;
+        if (first..first + count).any(|page| self.refused(done, page)) {
+            return Ok(());
+        }
+        self.context.checked(done, self.address(first), pattern)
     }
 
     fn device_copy(&mut self) -> Checked {
@@ -175,6 +236,9 @@ impl<'a> Slot<'a> {
         }
         let done = self.job(Job::copy(self.address(to), self.address(from), PAGE))?;
         if self.pages[from].readable() && self.pages[to].writable() {
+            if self.refused(done, from) || self.refused(done, to) {
+                return Ok(());
+            }
             self.pages[to].pattern = self.pages[from].pattern;
             done.ok().doing("device copy").map(drop)
         } else if self.pages[from].readable() {
@@ -214,7 +278,10 @@ impl<'a> Slot<'a> {
         if count > 0 {
             let advice = MmapAdvise::MADV_DONTNEED;
             self.map.advise(self.at(first), count * PAGE, advice).doing("madvise")?;
-            self.pages[first..first + count].iter_mut().for_each(|page| page.pattern = Pattern::ZERO);
+            self.pages[first..first + count].iter_mut().for_each(|page| {
+                page.pattern = Pattern::ZERO;
+                page.broken = false;
+            });
         }
         Ok(())
     }
