@@ -3,7 +3,9 @@
 //! place, and must fault or see what is there now.
 //!
 //! Case names say what is done, where engines run meanwhile (on the range itself, or beside it in the same mapping), on what
-//! pages, and on how much of them.
+//! pages, and on how much of them. What is wide or far is a range over many tables.
+
+mod wide;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -105,6 +107,12 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     {
         round.case(&format!("{name}/each-page"), |rng| each_page(device, rng, op, blocks));
     }
+    if round.iteration == 0 {
+        for (op, huge, name) in wide::CASES {
+            round.case(name, |rng| wide::wide(device, rng, op, huge));
+        }
+    }
+    round.case("munmap/far", |rng| wide::far(device, rng));
 }
 
 impl Scene {

@@ -5,8 +5,9 @@
 //!
 //! Both are returns of the kernel's functions, so that nothing of the driver need be known. A third moment is the one in which a
 //! fault handler, with what it has found, is about to take a lock: one that has asked before whether it may still map that asks in
-//! vain. Where the kernel cannot hold tasks, or a
-//! driver comes to neither, the cases are skipped.
+//! vain. A fourth is the one in which it makes the page known to the device's bus, as most do when they have asked and hold the
+//! lock: a callback that does not wait for it comes too early. Where the kernel cannot hold tasks, or a driver comes to none of
+//! them, the cases are skipped.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Barrier;
@@ -44,6 +45,8 @@ const HANDLER: &str = "handler";
 const FOUND: &str = "return:hmm_range_fault";
 /// Locks on a handler's way before which it is held, one a case.
 const LOCKS: usize = 3;
+/// Where the kernel gives a page an address for a device.
+const MAPPING: &str = "entry:dma_map_page_attrs";
 /// How long the handler gets to come to another lock.
 const NEXT: Duration = Duration::from_millis(200);
 
@@ -80,12 +83,17 @@ struct Scene {
 /// The cases of a round.
 pub(super) fn round(round: &mut Round<'_, '_>) {
     let (device, gates) = (round.device(), round.gates());
-    let moments: [(&str, &str, &str, Play); 3] = [
+    let moments: [(&str, &str, &str, Play); 4] = [
         (FOUND, "", "found", found),
         ("entry:mutex_lock", HANDLER, "locking", locking),
+        (MAPPING, HANDLER, "mapping", mapping),
         ("return:__mmu_notifier_invalidate_range_start", DROPPER, "told", told),
     ];
     for (place, whom, moment, play) in moments {
+        // What is certain need not be done twice, where others depend on chance.
+        if moment == "mapping" && round.iteration > 0 {
+            continue;
+        }
         // Once for all of them: hooking a function, and unhooking it, takes the kernel a while.
         let hold = match moment {
             // A kernel that proves its locks has it under another name.
@@ -93,6 +101,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
                 Ok(None) => gates.hold_after(FOUND, "entry:mutex_lock_nested", whom),
                 hold => hold,
             },
+            "mapping" => gates.hold_after(FOUND, place, whom),
             _ => gates.hold(place, whom),
         };
         let locks = if moment == "locking" { LOCKS } else { 1 };
@@ -230,6 +239,36 @@ fn locking(scene: &Scene, lock: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut 
     let applied = scene.apply();
     hold.open()?;
     applied?;
+    scene.ended(ticket)?;
+    if !came {
+        return Err(nobody_came());
+    }
+    scene.judge(rng)
+}
+
+/// The fault handler is held when it is about to map its page, the first that the context has; the memory goes meanwhile, if
+/// the driver lets it.
+fn mapping(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
+    // No more than this page: the handler is held for each that it maps.
+    scene.map.touch(scene.access, PAGE);
+    // A thread that comes into being has invalidations of its own, which would wait for the handler.
+    let both = Barrier::new(2);
+    let (came, ticket) = std::thread::scope(|scope| {
+        let dropping = scope.spawn(|| {
+            both.wait();
+            both.wait();
+            scene.apply()
+        });
+        both.wait();
+        let ticket = hold.close().and_then(|()| scene.submit(rng));
+        let came = hold.wait(PATIENCE);
+        both.wait();
+        std::thread::sleep(TEMPTATION);
+        let opened = hold.open();
+        let dropped =
+            dropping.join().unwrap_or_else(|_| Err(Failure::wrong("the thread that drops memory panicked")));
+        opened.and(dropped).and(came.and_then(|came| Ok((came, ticket?))))
+    })?;
     scene.ended(ticket)?;
     if !came {
         return Err(nobody_came());

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::mman::MmapAdvise;
 use nix::sys::signal::{Signal, raise};
 use nix::unistd::Pid;
 
@@ -133,6 +134,9 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
         Ok(None)
     });
     is_killed(round, "kill/faulting", Signal::SIGKILL, |occupied, rng| occupied.set_faulting(rng).map(Some));
+    if round.iteration % 4 == 0 {
+        round.case("kill/changing", |rng| killed_changing(device, rng));
+    }
     round.case("abort/running", |rng| {
         let mut child = Child::spawn(|_| {
             let occupied = Occupied::new(device, rng, FEW)?;
@@ -195,6 +199,23 @@ fn is_killed(
         child.signal(signal)?;
         child.join_killed(signal)
     });
+}
+
+/// Killed while it takes memory away from engines at work: a task that is about to die waits for the device like any other.
+fn killed_changing(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let delay = Duration::from_micros(rng.below(1500));
+    let mut child = Child::spawn(|parent| {
+        let occupied = Occupied::new(device, rng, FEW)?;
+        occupied.set_running(rng)?;
+        parent.ready(0);
+        loop {
+            occupied.map.advise(0, WINDOW, MmapAdvise::MADV_DONTNEED).doing("madvise")?;
+        }
+    })?;
+    child.wait_ready()?;
+    std::thread::sleep(delay);
+    child.signal(Signal::SIGKILL)?;
+    child.join_killed(Signal::SIGKILL)
 }
 
 /// Killed, and its memory taken away by somebody else while its engines run: invalidations that must not sleep.
