@@ -122,7 +122,13 @@ impl Uffd {
         let range = abi::Range { start: map.at(at), len: bytes as u64 };
         let mut wp = abi::WriteProtect { range, mode: if on { abi::PROTECT } else { 0 } };
         // SAFETY: see `new`.
-        unsafe { abi::write_protect(self.raw(), &mut wp) }.doing("UFFDIO_WRITEPROTECT").map(drop)
+        match unsafe { abi::write_protect(self.raw(), &mut wp) } {
+            // 6.1 takes no range of several mappings, which pages with different advice are.
+            Err(Errno::ENOENT) if bytes > PAGE => {
+                (at..at + bytes).step_by(PAGE).try_for_each(|page| self.protect(map, page, PAGE, on))
+            }
+            other => other.doing("UFFDIO_WRITEPROTECT").map(drop),
+        }
     }
 
     /// The next fault that waits to be served, if there is one.
