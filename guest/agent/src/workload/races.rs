@@ -9,6 +9,7 @@
 //! lock: a callback that does not wait for it comes too early. Where the kernel cannot hold tasks, or a driver comes to none of
 //! them, the cases are skipped.
 
+use std::cell::Cell;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Barrier;
 use std::time::Duration;
@@ -31,6 +32,8 @@ use super::access::memory_file;
 pub(super) const ROUNDS: u64 = 2;
 /// How long a task gets to come to where it is held.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How often nobody comes there before it is taken that nobody ever does.
+const ABSENT: usize = 2;
 /// How long a handler gets to map what it should not while an invalidation is held.
 const TEMPTATION: Duration = Duration::from_millis(20);
 /// Pages of a small mapping: as many as are mapped around a fault.
@@ -105,6 +108,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
             _ => gates.hold(place, whom),
         };
         let locks = if moment == "locking" { LOCKS } else { 1 };
+        let absent = Cell::new(0);
         for (lock, (drop, name)) in (0..locks).flat_map(|lock| DROPS.map(|drop| (lock, drop))) {
             let number = if locks > 1 { format!("-{}", lock + 1) } else { String::new() };
             round.case(&format!("{moment}{number}/{name}"), |rng| {
@@ -113,10 +117,15 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
                     Ok(None) => return Err(Failure::Skip(format!("nobody can be held at {place} here"))),
                     Err(failure) => return Err(failure.clone()),
                 };
+                // Each that is waited for in vain takes long.
+                if absent.get() >= ABSENT {
+                    return Err(nobody_came());
+                }
                 let scene = Scene::new(device, drop, rng)?;
                 let played = play(&scene, lock, gates, hold, rng);
                 // Whatever happened, nobody is to be held when the next case prepares.
                 hold.open()?;
+                absent.set(if matches!(played, Err(Failure::Skip(_))) { absent.get() + 1 } else { 0 });
                 played
             });
         }
