@@ -18,7 +18,7 @@ use super::Round;
 use super::access::memory_file;
 use crate::client::{Context, Job, Ticket};
 use crate::device::Device;
-use crate::memory::{Backing, HUGE, Mapping, PAGE, Pattern, Prot, WINDOW};
+use crate::memory::{Backing, HUGE, Mapping, PAGE, Pattern, Prot, WINDOW, advice};
 use crate::outcome::{Checked, Doing, Failure, require};
 use crate::process::{BOUND, Child};
 use crate::rng::Rng;
@@ -289,7 +289,9 @@ impl Scene {
             }
         }
         self.context.fill(&self.map, at, bytes, new)?;
-        self.cpu_sees(at, bytes, new)
+        // The CPU has not written it since, so that only the driver can say that it is not to be dropped.
+        self.map.advise_by_number(at, bytes, advice::PAGEOUT).doing("MADV_PAGEOUT")?;
+        self.cpu_sees(at, bytes, new).doing("after reclaim")
     }
 
     /// After a fork the child keeps the old data, whoever writes in the parent.
