@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Pages that are on the device when their mapping, their context or their process goes, or is copied.
 
+use std::sync::Barrier;
+use std::time::Duration;
+
 use nix::sys::mman::MmapAdvise;
 use nix::sys::signal::Signal;
 
@@ -34,6 +37,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     round.case("fork/cpu", |rng| fork(device, rng, false));
     round.case("fork/device", |rng| fork(device, rng, true));
     round.case("fork/parent-closes", |rng| parent_closes(device, rng));
+    round.case("close/touched", |rng| closed_and_touched(device, rng));
     for (running, load) in [(false, "idle"), (true, "running")] {
         round.case(&format!("close/{load}"), |rng| close(device, rng, running));
         round.case(&format!("exit/{load}"), |rng| exit(device, rng, running));
@@ -156,6 +160,31 @@ fn close(device: &dyn Device, rng: &mut Rng, running: bool) -> Checked {
     second.cpu_check(&placed.map, 0, WINDOW, placed.pattern)?;
     migrate_all(&second, &placed.map, 0, WINDOW, To::Device)?;
     second.check(&placed.map, 0, WINDOW, placed.pattern)
+}
+
+/// The context goes while its last pages are all on their way to a CPU each: they must be waited for.
+fn closed_and_touched(device: &dyn Device, rng: &mut Rng) -> Checked {
+    const TOUCHED: usize = 8;
+    for _ in 0..16 {
+        let placed = Placed::unmoved(device, rng, TOUCHED * PAGE)?;
+        migrate_all(&placed.context, &placed.map, 0, TOUCHED * PAGE, To::Device)?;
+        let pause = Duration::from_micros(rng.below(1_000));
+        let barrier = Barrier::new(TOUCHED + 1);
+        std::thread::scope(|scope| {
+            for page in 0..TOUCHED {
+                let (map, barrier) = (&placed.map, &barrier);
+                scope.spawn(move || {
+                    barrier.wait();
+                    map.load(page * PAGE);
+                });
+            }
+            barrier.wait();
+            std::thread::sleep(pause);
+            placed.context.file().close();
+        });
+        placed.cpu_sees(0, placed.map.bytes())?;
+    }
+    Ok(())
 }
 
 fn leave(device: &dyn Device, rng: &mut Rng, running: bool) -> Checked<Placed> {
