@@ -148,6 +148,25 @@ pub enum AccelName {
     Tcg,
 }
 
+/// What the platform does for the device's atomics on system memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum AtomicsName {
+    /// They are coherent with the CPUs'
+    Coherent,
+    /// They are not: they need pages that the CPUs are kept away from
+    Exclusive,
+}
+
+impl std::fmt::Display for AtomicsName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Coherent => "coherent",
+            Self::Exclusive => "exclusive",
+        })
+    }
+}
+
 /// The driver's backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -245,6 +264,9 @@ pub struct RunArgs {
     /// The policy of --backend mirror; read-held if not given
     #[arg(long, value_name = "POLICY", value_enum)]
     pub mirror_policy: Option<PolicyName>,
+    /// What the platform does for the device's atomics on system memory
+    #[arg(long, value_enum, default_value = "coherent")]
+    pub atomics: AtomicsName,
     /// A built module to load instead of the testbench's own driver
     #[arg(long, value_name = "FILE.ko", conflicts_with = "patch")]
     pub driver: Option<PathBuf>,

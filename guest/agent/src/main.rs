@@ -166,7 +166,8 @@ fn run_workload(plan: &WorkloadPlan, host: &Host) {
         nix::sys::prctl::set_child_subreaper(true).doing("prctl")?;
         let program = Path::new("/init");
         let gates = Gates::new(host.witness());
-        let ground = Ground { device: &Nodes, sink: host, board: &board, program, gates };
+        let coherent_atomics = plan.coherent_atomics;
+        let ground = Ground { device: &Nodes, sink: host, board: &board, program, gates, coherent_atomics };
         if workload::run(plan, &ground) {
             Ok(())
         } else {

@@ -44,6 +44,10 @@ pub struct Plan {
     pub driver_parameters: String,
 }
 
+const fn coherent() -> bool {
+    true
+}
+
 /// One workload.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub struct WorkloadPlan {
@@ -53,6 +57,10 @@ pub struct WorkloadPlan {
     pub seed: u64,
     /// How far it goes.
     pub extent: Extent,
+    /// The platform makes the device's atomics on system memory coherent with the CPUs'; else it takes pages of anonymous memory
+    /// for them, and no others.
+    #[serde(default = "coherent")]
+    pub coherent_atomics: bool,
     /// The scenario that it is, if it is none of [`WORKLOADS`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scenario: Option<ScenarioPlan>,

@@ -89,6 +89,8 @@ pub(crate) struct Device {
     pub(crate) ring_request: Mutex<Option<RingRequest>>,
     pub(crate) signal: Signal,
     pub(crate) jitter: Jitter,
+    /// Held for an atomic on system memory that is not coherent with the CPUs'; the last lock.
+    pub(crate) atomics: Mutex<()>,
     /// A command waits for engines: they tell when a step or a queue's end is over.
     pub(crate) draining: AtomicBool,
     pub(crate) stop: AtomicBool,
@@ -105,7 +107,7 @@ impl Device {
     ) -> Self {
         let data_pages = (vram.bytes() >> 12) as u32;
         let fixed = vec![
-            (CAPS, CAP_COHERENT_ATOMICS),
+            (CAPS, if config.coherent_atomics { CAP_COHERENT_ATOMICS } else { 0 }),
             (CONTEXTS, config.contexts),
             (ENGINES, config.engines),
             (QUEUES, config.queues),
@@ -140,6 +142,7 @@ impl Device {
             ring_request: Mutex::new(None),
             signal: Signal::default(),
             jitter: Jitter::new(config.jitter),
+            atomics: Mutex::new(()),
             draining: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         }
@@ -279,6 +282,7 @@ impl Device {
             ring_request,
             signal: _,
             jitter: _,
+            atomics: _,
             draining,
             stop: _,
         } = self;

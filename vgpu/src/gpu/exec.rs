@@ -249,7 +249,16 @@ impl Engine<'_> {
             }
             let read = if access & ACCESS_ATOMIC != 0 {
                 debug_assert_eq!(work.job.op, OP_ATOMIC_ADD);
-                word.fetch_add(operand0, Ordering::SeqCst)
+                if device.config.coherent_atomics || raw & pte::VRAM != 0 {
+                    word.fetch_add(operand0, Ordering::SeqCst)
+                } else {
+                    // Engines are atomic to each other.
+                    let _one = device.atomics.lock();
+                    let old = word.load(Ordering::SeqCst);
+                    std::thread::yield_now();
+                    word.store(old.wrapping_add(operand0), Ordering::SeqCst);
+                    old
+                }
             } else if work.job.op == OP_RANDOM && write {
                 let old = word.load(Ordering::Relaxed);
                 word.store(old ^ operand2 ^ ((va - work.job.dst) / 8), Ordering::Relaxed);

@@ -83,6 +83,9 @@ pub struct GpuConfig {
     /// Seed of moments in which the device takes its time, so that drivers that do not wait for it are found out; `None` for a
     /// device that is as fast as it can be.
     pub jitter: Option<u64>,
+    /// Atomics on system memory are coherent with the CPUs': `CAP_COHERENT_ATOMICS`. Else they are a load and a store, between
+    /// which others get in.
+    pub coherent_atomics: bool,
 }
 
 impl Default for GpuConfig {
@@ -96,6 +99,7 @@ impl Default for GpuConfig {
             msix: true,
             tlb_entries: None,
             jitter: None,
+            coherent_atomics: true,
         }
     }
 }

@@ -72,6 +72,7 @@ pub(super) fn config(workloads: Vec<String>, seed: u64, oracle: bool) -> RunConf
         kernel: DEFAULT_KERNEL.into(),
         backend: crate::cli::BackendName::Interval,
         policy: None,
+        atomics: crate::cli::AtomicsName::Coherent,
         driver: None,
         patches: Vec::new(),
         add: Vec::new(),

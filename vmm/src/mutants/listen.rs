@@ -154,6 +154,7 @@ pub(super) mod tests {
             rule,
             also: also.to_vec(),
             needs: None,
+            options: Vec::new(),
             kernel: None,
             path: "/x/it.patch".into(),
         }

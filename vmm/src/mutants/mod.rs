@@ -111,6 +111,8 @@ fn config(args: &MutantsArgs, mutant: &Mutant, seed: u64, program: &str) -> Resu
     option("--cpus", args.cpus.to_string());
     option("--seed", seed.to_string());
     option("--patch", text(&mutant.path)?);
+    words.extend(mutant.options.iter().cloned());
+    let mut option = |name: &str, value: String| words.extend([name.to_owned(), value]);
     match args.accel {
         Some(AccelName::Kvm) => option("--accel", "kvm".into()),
         Some(AccelName::Tcg) => option("--accel", "tcg".into()),

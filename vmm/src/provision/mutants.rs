@@ -27,9 +27,14 @@ pub struct Mutant {
     pub needs: Option<String>,
     /// The kernel it is for (`Kernel:`), by name; the default one if the head does not say.
     pub kernel: Option<String>,
+    /// Options of `run` that it is tried with (`Options:`), of those in [`OPTIONS`].
+    pub options: Vec<String>,
     /// The patch, for `--patch`.
     pub path: PathBuf,
 }
+
+/// What a head may ask for: what is under the driver, and which part of it runs. Not what is run on it.
+const OPTIONS: [&str; 3] = ["--atomics", "--backend", "--mirror-policy"];
 
 impl Mutant {
     /// Whether a violation of `rule` is what the head asks for. Without a `Rule:` any is.
@@ -90,7 +95,7 @@ pub fn folder(folder: &Path) -> Result<Vec<Mutant>> {
     Ok(mutants)
 }
 
-/// Reads a patch's head: its first line, and the lines `Rule:`, `Also:`, `Needs:`, `Kernel:` before the patch begins.
+/// Reads a patch's head: its first line, and the lines `Rule:`, `Also:`, `Needs:`, `Kernel:`, `Options:` before the patch begins.
 fn read(path: PathBuf, text: &str) -> Result<Mutant> {
     let head = || text.lines().take_while(|line| !line.starts_with("--- ") && !line.starts_with("diff "));
     let field = |name: &str| {
@@ -105,6 +110,12 @@ fn read(path: PathBuf, text: &str) -> Result<Mutant> {
     let rules = |field: Option<&str>| -> Result<Vec<Rule>> {
         field.map_or(Ok(Vec::new()), |names| names.split(',').map(rule).collect())
     };
+    let options: Vec<String> =
+        field("Options:").unwrap_or_default().split_whitespace().map(str::to_owned).collect();
+    if let Some(word) = options.iter().step_by(2).find(|word| !OPTIONS.contains(&word.as_str())) {
+        return Err(Failure::usage(format!("{}: `Options:` cannot be `{word}`", path.display()))
+            .remedy(format!("it takes {}, each with a value", OPTIONS.join(", "))));
+    }
     let about = head().next().map(str::trim).filter(|line| !names_a_field(line)).unwrap_or_default();
     Ok(Mutant {
         name: path.file_stem().unwrap_or(Path::new("").as_os_str()).to_string_lossy().into_owned(),
@@ -113,13 +124,14 @@ fn read(path: PathBuf, text: &str) -> Result<Mutant> {
         also: rules(field("Also:"))?,
         needs: field("Needs:").map(str::to_owned),
         kernel: field("Kernel:").map(str::to_owned),
+        options,
         path,
     })
 }
 
 /// Whether a line says something with a name before a colon, and so is no description.
 fn names_a_field(line: &str) -> bool {
-    ["Rule:", "Also:", "Needs:", "Kernel:", "From:", "Subject:", "Index:"]
+    ["Rule:", "Also:", "Needs:", "Kernel:", "Options:", "From:", "Subject:", "Index:"]
         .iter()
         .any(|name| line.starts_with(name))
 }

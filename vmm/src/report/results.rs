@@ -85,6 +85,9 @@ pub struct Results {
     /// NUMA nodes of the guest; 0 in results of versions that did not say.
     #[serde(default)]
     pub nodes: u32,
+    /// What the platform does for the device's atomics, `--atomics`; empty in results of versions that did not say.
+    #[serde(default)]
+    pub atomics: String,
     /// Whether the oracle judged.
     pub oracle: bool,
     /// Workloads, in the order of the plan.
@@ -329,6 +332,7 @@ pub(crate) mod tests {
             cpus: 2,
             memory_bytes: 1 << 30,
             nodes: 1,
+            atomics: "coherent".into(),
             oracle: true,
             workloads: vec![WorkloadResult {
                 name: "release".into(),

@@ -13,7 +13,7 @@ use super::allow::Allow;
 use super::{plan, replay};
 use crate::cli::units::{Add, show_size};
 use crate::cli::vfio::Vfio;
-use crate::cli::{AccelName, BackendName, MachineName, PolicyName, RunArgs, not_yet};
+use crate::cli::{AccelName, AtomicsName, BackendName, MachineName, PolicyName, RunArgs, not_yet};
 use crate::failure::{Failure, Result};
 use crate::gates;
 use crate::gates::order::Order;
@@ -59,6 +59,8 @@ pub struct RunConfig {
     pub backend: BackendName,
     /// Its policy, if it has several.
     pub policy: Option<PolicyName>,
+    /// What the platform does for the device's atomics.
+    pub atomics: AtomicsName,
     /// A built driver to load instead of ours.
     pub driver: Option<PathBuf>,
     /// Patches to our driver.
@@ -119,6 +121,12 @@ impl RunConfig {
         }
         if args.mirror_policy.is_some() && args.backend != BackendName::Mirror {
             return Err(Failure::usage("--mirror-policy belongs to --backend mirror"));
+        }
+        if args.atomics == AtomicsName::Exclusive && args.backend == BackendName::Mirror {
+            return Err(Failure::usage(
+                "--atomics exclusive: the mirror layer's callbacks do not say who takes a page, so it has no exclusive ones",
+            )
+            .remedy("give --backend interval"));
         }
         if let Some(exec) = &args.exec {
             if exec.trim().is_empty() {
@@ -188,6 +196,7 @@ impl RunConfig {
             backend: args.backend,
             policy: (args.backend == BackendName::Mirror)
                 .then(|| args.mirror_policy.unwrap_or(PolicyName::ReadHeld)),
+            atomics: args.atomics,
             driver: args.driver,
             patches: args.patch,
             add: args.add,
@@ -321,6 +330,7 @@ impl RunConfig {
             kernel: crate::cli::DEFAULT_KERNEL.into(),
             backend: BackendName::Interval,
             policy: None,
+            atomics: AtomicsName::Coherent,
             driver: None,
             patches: Vec::new(),
             add: Vec::new(),

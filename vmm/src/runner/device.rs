@@ -69,7 +69,8 @@ impl Device {
     /// An oracle for a device of this size.
     #[must_use]
     pub fn oracle(enabled: bool, config: &GpuConfig) -> Arc<Oracle> {
-        Oracle::new(OracleConfig { enabled, contexts: config.contexts, ..OracleConfig::default() })
+        let GpuConfig { contexts, coherent_atomics, .. } = *config;
+        Oracle::new(OracleConfig { enabled, contexts, coherent_atomics, ..OracleConfig::default() })
     }
 
     /// The oracle of a run, whose trace goes to `trace`, if it is to be kept.
@@ -78,6 +79,7 @@ impl Device {
         let config = OracleConfig {
             enabled: run.oracle,
             contexts: device.contexts,
+            coherent_atomics: device.coherent_atomics,
             trace_bytes: run.trace_bytes,
             // What is accepted must not fill the list before what is not.
             max_violations: if run.allow.is_some() { WITH_ALLOWED } else { default.max_violations },

@@ -34,8 +34,8 @@ use vgpu::oracle::{Oracle, Rule, Violation, file_bytes};
 
 pub use config::RunConfig;
 
-use crate::cli::MachineName;
 use crate::cli::vfio::Vfio;
+use crate::cli::{AtomicsName, MachineName};
 use crate::console::Console;
 use crate::console::symbols::{Module, Symbols};
 use crate::event::{Event, EventSink};
@@ -261,7 +261,11 @@ fn follow(
     let Boot { parts, plan, initramfs, log, trace, limits, accel, outer } = boot;
     let (queue, inputs) = sync_channel(QUEUE);
     let line = GuestLine::new(queue.clone());
-    let size = GpuConfig { jitter: config.jitter.then_some(config.seed), ..GpuConfig::default() };
+    let size = GpuConfig {
+        jitter: config.jitter.then_some(config.seed),
+        coherent_atomics: config.atomics == AtomicsName::Coherent,
+        ..GpuConfig::default()
+    };
     let (file, keep) = match trace {
         TraceTo::Nobody => (None, None),
         TraceTo::File(file) => (Some(file), None),
@@ -510,6 +514,7 @@ pub(crate) fn blank(config: &RunConfig) -> Results {
         kernel: config.kernel.clone(),
         kernel_name: config.kernel.clone(),
         backend: config.backend.to_string(),
+        atomics: config.atomics.to_string(),
         policy: config.policy.map(|policy| policy.to_string()),
         driver: config.driver.as_ref().map(text),
         patches: config.patches.iter().map(text).collect(),

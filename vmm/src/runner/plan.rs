@@ -4,7 +4,7 @@
 use guest_protocol::{Extent, Plan, WORKLOADS, WorkloadPlan, of_group};
 
 use super::RunConfig;
-use crate::cli::BackendName;
+use crate::cli::{AtomicsName, BackendName};
 use crate::failure::{Failure, Result};
 use crate::gates;
 
@@ -67,6 +67,7 @@ pub fn plan(config: &RunConfig) -> Plan {
                         (Some((scenario, _)), Extent::Default) => Extent::Iterations(scenario.repetitions),
                         (_, extent) => extent,
                     },
+                    coherent_atomics: config.atomics == AtomicsName::Coherent,
                     scenario: scenario.map(|(scenario, script)| scenario.plan(script)),
                 }
             })

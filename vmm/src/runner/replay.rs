@@ -7,7 +7,7 @@ use guest_protocol::{Extent, NUMA_WORKLOAD};
 
 use super::RunConfig;
 use crate::cli::units::{show_millis, show_size};
-use crate::cli::{BackendName, DEFAULT_CPUS, DEFAULT_KERNEL, DEFAULT_MACHINE};
+use crate::cli::{AtomicsName, BackendName, DEFAULT_CPUS, DEFAULT_KERNEL, DEFAULT_MACHINE};
 use crate::gates::order::Order;
 
 /// Words as one line that a POSIX shell reads back as the same words.
@@ -74,6 +74,9 @@ pub fn command_in_order(config: &RunConfig, workload: Option<&str>, order: Optio
     }
     if let Some(policy) = config.policy {
         option("--mirror-policy", policy.to_string());
+    }
+    if config.atomics != AtomicsName::Coherent {
+        option("--atomics", config.atomics.to_string());
     }
     if let Some(driver) = &config.driver {
         option("--driver", absolute(driver));
@@ -209,12 +212,14 @@ mod tests {
         config.machine = crate::cli::MachineName::Kvm;
         config.nested = true;
         config.outer_cpus = 2;
+        config.atomics = AtomicsName::Exclusive;
         config.vfio = Some(crate::cli::vfio::Vfio::Edu);
         config.backend = BackendName::Mirror;
         config.policy = Some(crate::cli::PolicyName::SrcuNowait);
         let line = command(&config, Some("access"));
         assert!(line.contains(" --machine kvm --nested "), "{line}");
         assert!(line.contains(" --vfio edu "), "{line}");
+        assert!(line.contains(" --atomics exclusive "), "{line}");
         assert!(line.contains(" --backend mirror --mirror-policy srcu-nowait "), "{line}");
         crate::cli::Cli::try_parse_from(line.split(' ')).expect(&line);
     }

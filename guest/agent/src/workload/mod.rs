@@ -57,6 +57,8 @@ pub(crate) struct Ground<'a> {
     pub(crate) program: &'a Path,
     /// Where tasks can be held.
     pub(crate) gates: Gates<'a>,
+    /// The device's atomics are coherent with the CPUs', on all memory.
+    pub(crate) coherent_atomics: bool,
 }
 
 /// Makes [`Ground::program`] end at once.

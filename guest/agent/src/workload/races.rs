@@ -86,8 +86,9 @@ struct Scene {
 /// The cases of a round.
 pub(super) fn round(round: &mut Round<'_, '_>) {
     let (device, gates) = (round.device(), round.gates());
-    let moments: [(&str, &str, &str, Play); 4] = [
+    let moments: [(&str, &str, &str, Play); 5] = [
         (FOUND, "", "found", found),
+        (FOUND, "", "found-again", found_again),
         ("entry:mutex_lock", HANDLER, "locking", locking),
         (MAPPING, HANDLER, "mapping", mapping),
         ("return:__mmu_notifier_invalidate_range_start", DROPPER, "told", told),
@@ -220,6 +221,28 @@ fn found(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) 
     let ticket = scene.submit(rng)?;
     let came = hold.wait(PATIENCE)?;
     let applied = if came { scene.apply() } else { Ok(()) };
+    hold.open()?;
+    applied?;
+    scene.ended(ticket)?;
+    if !came {
+        return Err(nobody_came());
+    }
+    scene.judge(rng)
+}
+
+/// The same, and once more when it has come back with what it has found then: that a driver has looked again once is no reason to
+/// map what it found at last.
+fn found_again(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
+    let (at, bytes) = scene.hole;
+    scene.map.touch(at, bytes);
+    hold.close()?;
+    let ticket = scene.submit(rng)?;
+    let came = hold.wait(PATIENCE)?;
+    let mut applied = if came { scene.apply() } else { Ok(()) };
+    // A file that has been cut off has no page to find.
+    if came && applied.is_ok() && hold.admit(NEXT)? {
+        applied = scene.apply();
+    }
     hold.open()?;
     applied?;
     scene.ended(ticket)?;

@@ -293,7 +293,14 @@ mod tests {
     fn later_rounds_are_of_every_kind_in_an_order_of_the_seed() {
         let (sink, board, device) = (Nobody, Board::new().unwrap(), Model::default());
         let program = std::path::Path::new("/bin/true");
-        let ground = Ground { device: &device, sink: &sink, board: &board, program, gates: Gates::new(None) };
+        let ground = Ground {
+            device: &device,
+            sink: &sink,
+            board: &board,
+            program,
+            gates: Gates::new(None),
+            coherent_atomics: true,
+        };
         let of = |seed, iteration| kinds(&Round::of(&ground, "stress", seed, iteration));
         for (iteration, first) in (0..).zip(FIRST) {
             assert_eq!(of(1, iteration)[0], first);

@@ -33,11 +33,19 @@ fn round_of(name: &str, seed: u64, corrupt: bool) -> Vec<Case> {
     let (sink, board) = (Collected::default(), Board::new().unwrap());
     let device = Model { corrupt };
     let program = Path::new("/bin/true");
-    let ground = Ground { device: &device, sink: &sink, board: &board, program, gates: Gates::new(None) };
+    let ground = Ground {
+        device: &device,
+        sink: &sink,
+        board: &board,
+        program,
+        gates: Gates::new(None),
+        coherent_atomics: true,
+    };
     let plan = WorkloadPlan {
         name: name.to_owned(),
         seed,
         extent: Extent::Iterations(1),
+        coherent_atomics: true,
         scenario: scenario_of(name),
     };
     assert!(run(&plan, &ground));
