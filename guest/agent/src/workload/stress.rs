@@ -289,6 +289,41 @@ mod tests {
         fn send(&self, _: &guest_protocol::Message) {}
     }
 
+    /// A round of everything in a child, as in the guest; whether anything differed from the models.
+    fn differs(corrupt: bool) -> bool {
+        let device = Model { corrupt };
+        let mut child = crate::process::Child::spawn(|parent| {
+            let mut stage = Stage::new(&device, Mix { all: true, ..Mix::default() })?;
+            for seed in 0..4 {
+                let rng = |name: &str| Rng::derived(seed, name.bytes().map(u64::from).sum());
+                for (name, result) in stage.run(None, &rng) {
+                    result.doing(&name)?;
+                }
+                // The models begin anew.
+                let bytes = stage.map.bytes();
+                stage
+                    .map
+                    .renew(0, bytes, crate::memory::Prot::Write, crate::memory::Backing::Anonymous)
+                    .doing("mmap")?;
+            }
+            parent.ready(0);
+            Ok(())
+        })
+        .unwrap();
+        let ended = child.wait_long().unwrap();
+        match child.judge(ended) {
+            Ok(()) => false,
+            Err(Failure::Mismatch(mismatch, _)) => mismatch.expected != mismatch.found,
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn everything_agrees_with_the_models_on_a_correct_device_only() {
+        assert!(!differs(false));
+        assert!(differs(true));
+    }
+
     #[test]
     fn later_rounds_are_of_every_kind_in_an_order_of_the_seed() {
         let (sink, board, device) = (Nobody, Board::new().unwrap(), Model::default());
