@@ -2,6 +2,7 @@
 //! Atomics of the device on pages that the CPUs are kept away from meanwhile (device-exclusive entries).
 
 use std::path::Path;
+use std::time::Duration;
 
 use nix::sys::mman::MmapAdvise;
 
@@ -9,6 +10,7 @@ use super::crowd::{meanwhile, sums_are_right};
 use super::{Round, To, migrate};
 use crate::client::{Context, Job};
 use crate::device::Device;
+use crate::gates::Gates;
 use crate::memory::{Backing, Mapping, PAGE, Pattern, Prot, WINDOW};
 use crate::outcome::{Checked, Doing, Failure, require};
 use crate::process::Child;
@@ -16,6 +18,10 @@ use crate::rng::Rng;
 
 /// The driver's parameter: how the atomics of contexts work that are bound from then on.
 const PARAMETER: &str = "/sys/module/hmm_vgpu/parameters/atomics";
+/// Where a driver has its page.
+const MADE: &str = "return:make_device_exclusive";
+/// How long it gets to come there.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// Words that are added to, one in each page.
 const WORDS: usize = 8;
 
@@ -25,6 +31,8 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     round.case("exclusive/changes", |rng| changes(device, rng));
     round.case("exclusive/fork", |rng| fork(device, rng));
     round.case("exclusive/not-private", |_| not_private(device));
+    let gates = round.gates();
+    round.case("exclusive/made", |rng| made(device, gates, rng));
 }
 
 /// Binds a context whose atomics are exclusive.
@@ -39,6 +47,30 @@ fn bind(device: &dyn Device) -> Checked<Context> {
     let context = Context::bind(device);
     set(before.trim_end())?;
     context
+}
+
+/// The page goes while the driver has it locked and has not yet mapped it: that it is locked keeps it from no munmap or madvise.
+fn made(device: &dyn Device, gates: Gates<'_>, rng: &mut Rng) -> Checked {
+    let context = bind(device)?;
+    let map = Mapping::small(WINDOW).doing("mmap")?;
+    map.fill(0, WINDOW, Pattern::ZERO);
+    let at = rng.index(WINDOW / PAGE) * PAGE;
+    map.store(at, 7);
+    let Some(hold) = gates.hold(MADE, "")? else {
+        return Err(Failure::Skip(format!("nobody can be held at {MADE} here")));
+    };
+    hold.close()?;
+    let ticket = context.submit(Job::atomic_add(map.at(at), 1, 8, 1))?;
+    let came = hold.wait(PATIENCE)?;
+    let dropped = map.advise(at, PAGE, MmapAdvise::MADV_DONTNEED).doing("madvise");
+    hold.open()?;
+    dropped?;
+    context.wait(ticket)?.ok()?;
+    if !came {
+        return Err(Failure::Skip("this driver does not come there".to_owned()));
+    }
+    let found = map.load(at);
+    require(found == 1, || format!("fresh memory to which one was added holds {found}"))
 }
 
 /// CPU and device add to the same words: the sums of both must be right.
