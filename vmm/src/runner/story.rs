@@ -223,17 +223,20 @@ fn mismatch(case: &Case) -> Option<Violation> {
     Some(violation)
 }
 
+/// The most movers that are counted, and the most characters of a name: more than any agent of ours has.
+const MOST_MOVERS: usize = 64;
+
 /// A case that tells of what moved memory while others worked is counted by its name.
 fn count_mover(movers: &mut BTreeMap<String, u64>, case: &str) {
-    // More than any agent of ours has.
-    const MOST: usize = 64;
-    let plain = |name: &&str| {
-        (1..=MOST).contains(&name.len()) && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
-    };
-    let Some(name) = case.strip_prefix("mover/").filter(plain) else { return };
-    if movers.len() < MOST || movers.contains_key(name) {
+    let Some(name) = case.strip_prefix("mover/").filter(|name| is_mover(name)) else { return };
+    if movers.len() < MOST_MOVERS || movers.contains_key(name) {
         *movers.entry(name.to_owned()).or_default() += 1;
     }
+}
+
+/// Whether it may be the name of what moves memory: it is shown as it is.
+pub(super) fn is_mover(name: &str) -> bool {
+    (1..=MOST_MOVERS).contains(&name.len()) && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 use guest_protocol::{Case, Message};
 use vgpu::oracle::Violation;
 
+use super::story::is_mover;
 use crate::report::results::Results;
 
 /// Longest name or sentence kept, in characters.
@@ -61,6 +62,7 @@ pub(crate) fn tame_results(results: &mut Results) {
     for workload in &mut results.workloads {
         tame_text(&mut workload.name);
         workload.detail.iter_mut().for_each(tame_text);
+        workload.movers.retain(|name, _| is_mover(name));
         tame_seconds(&mut workload.seconds);
     }
     if let Some(error) = &mut results.error {
@@ -105,6 +107,7 @@ mod tests {
         results.violations[0].summary.clone_from(&bad);
         results.workloads[0].name.clone_from(&bad);
         results.workloads[0].seconds = f64::MAX;
+        results.workloads[0].movers.insert(bad.clone(), 1);
         tame_results(&mut results);
         let text = serde_json::to_string(&results).unwrap();
         assert!(!text.contains("u001b"), "{text}");

@@ -12,6 +12,11 @@ use crate::workload::boundary::swap::Swap;
 use crate::workload::boundary::uprobes::Text;
 use crate::workload::boundary::{Narrow, khugepaged, ksm, numa};
 
+/// Milliseconds between two rounds of a thread of the kernel's, which has a processor to itself otherwise.
+const PACE_MS: u64 = 10;
+/// What the group may have: more than it needs.
+const GROUP: usize = 128 << 20;
+
 /// Who moves it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mover {
@@ -223,8 +228,3 @@ impl AtWork {
         }
     }
 }
-
-/// Milliseconds between two rounds of a thread of the kernel's, which has a processor to itself otherwise.
-const PACE_MS: u64 = 10;
-/// What the group may have: more than it needs.
-const GROUP: usize = 128 << 20;
