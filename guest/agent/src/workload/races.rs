@@ -213,16 +213,14 @@ fn nobody_came() -> Failure {
     Failure::Skip("this driver does not come there".to_owned())
 }
 
-/// The fault handler is held with what `hmm_range_fault()` has found for it, and the memory goes.
-fn found(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
-    let (at, bytes) = scene.hole;
-    scene.map.touch(at, bytes);
+/// A job is submitted, its handler held, if it comes, and something done meanwhile; then all goes on, and the memory is judged.
+fn while_held(scene: &Scene, hold: &Hold<'_>, rng: &mut Rng, act: impl FnOnce(bool) -> Checked) -> Checked {
     hold.close()?;
     let ticket = scene.submit(rng)?;
     let came = hold.wait(PATIENCE)?;
-    let applied = if came { scene.apply() } else { Ok(()) };
+    let acted = act(came);
     hold.open()?;
-    applied?;
+    acted?;
     scene.ended(ticket)?;
     if !came {
         return Err(nobody_came());
@@ -230,26 +228,25 @@ fn found(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) 
     scene.judge(rng)
 }
 
+/// The fault handler is held with what `hmm_range_fault()` has found for it, and the memory goes.
+fn found(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
+    let (at, bytes) = scene.hole;
+    scene.map.touch(at, bytes);
+    while_held(scene, hold, rng, |came| if came { scene.apply() } else { Ok(()) })
+}
+
 /// The same, and once more when it has come back with what it has found then: that a driver has looked again once is no reason to
 /// map what it found at last.
 fn found_again(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
     let (at, bytes) = scene.hole;
     scene.map.touch(at, bytes);
-    hold.close()?;
-    let ticket = scene.submit(rng)?;
-    let came = hold.wait(PATIENCE)?;
-    let mut applied = if came { scene.apply() } else { Ok(()) };
-    // A file that has been cut off has no page to find.
-    if came && applied.is_ok() && hold.admit(NEXT)? {
-        applied = scene.apply();
-    }
-    hold.open()?;
-    applied?;
-    scene.ended(ticket)?;
-    if !came {
-        return Err(nobody_came());
-    }
-    scene.judge(rng)
+    while_held(scene, hold, rng, |came| {
+        if !came {
+            return Ok(());
+        }
+        scene.apply()?;
+        if hold.admit(NEXT)? { scene.apply() } else { Ok(()) }
+    })
 }
 
 /// The fault handler has found its page and is held when it is about to take a lock, the first or one of the next; the memory
@@ -261,21 +258,12 @@ fn locking(scene: &Scene, lock: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut 
     scene.context.run(Job::strided_read(scene.map.at(at), (bytes / PAGE) as u64, PAGE))?.ok()?;
     scene.map.advise(at, bytes, MmapAdvise::MADV_DONTNEED).doing("madvise")?;
     scene.map.touch(at, bytes);
-    hold.close()?;
-    let ticket = scene.submit(rng)?;
-    let came = hold.wait(PATIENCE)?;
-    let mut more = came;
-    for _ in 0..lock {
-        more = more && hold.admit(NEXT)?;
-    }
-    let applied = scene.apply();
-    hold.open()?;
-    applied?;
-    scene.ended(ticket)?;
-    if !came {
-        return Err(nobody_came());
-    }
-    scene.judge(rng)
+    while_held(scene, hold, rng, |mut came| {
+        for _ in 0..lock {
+            came = came && hold.admit(NEXT)?;
+        }
+        scene.apply()
+    })
 }
 
 /// The fault handler is held when it is about to map its page, the first that the context has; the memory goes meanwhile, if

@@ -201,8 +201,8 @@ fn unbind_under_waiter(device: &dyn Device, function: &Function, rng: &mut Rng) 
     })
 }
 
-/// Processes exit while the device goes.
-fn unbind_while_exiting(device: &dyn Device, function: &Function, rng: &mut Rng) -> Checked {
+/// Processes with the device at work for them that exit within milliseconds.
+pub(super) fn soon_exiting(device: &dyn Device, rng: &mut Rng) -> Checked<Vec<Child>> {
     let mut children = Vec::new();
     for _ in 0..4 {
         let delay = Duration::from_micros(rng.below(3000));
@@ -216,6 +216,12 @@ fn unbind_while_exiting(device: &dyn Device, function: &Function, rng: &mut Rng)
         child.wait_ready()?;
         children.push(child);
     }
+    Ok(children)
+}
+
+/// Processes exit while the device goes.
+fn unbind_while_exiting(device: &dyn Device, function: &Function, rng: &mut Rng) -> Checked {
+    let mut children = soon_exiting(device, rng)?;
     function.unbind()?;
     children.iter_mut().try_for_each(Child::join)
 }

@@ -14,12 +14,12 @@ use vgpu_spec::uapi::DRIVER_DEVICE;
 
 use super::Round;
 use super::release::{LONG, Occupied};
-use super::removal::{refused, works};
+use super::removal::{refused, soon_exiting, works};
 use crate::client::Job;
 use crate::device::Device;
 use crate::memory::WINDOW;
 use crate::outcome::{Checked, Doing, Failure, require};
-use crate::process::{BOUND, Child, Pause, exit_now};
+use crate::process::{BOUND, Child, Pause};
 use crate::report::Sink;
 use crate::rng::Rng;
 
@@ -125,19 +125,7 @@ fn pulled_under_waiter(device: &dyn Device, host: &dyn Sink, rng: &mut Rng) -> C
 
 /// Processes exit, which tears down what they have on the device, while it goes.
 fn pulled_while_exiting(device: &dyn Device, host: &dyn Sink, rng: &mut Rng) -> Checked {
-    let mut children = Vec::new();
-    for _ in 0..4 {
-        let delay = Duration::from_micros(rng.below(3000));
-        let mut child = Child::spawn(|parent| {
-            let occupied = Occupied::new(device, rng, 3)?;
-            occupied.set_running(rng)?;
-            parent.ready(0);
-            std::thread::sleep(delay);
-            exit_now(0)
-        })?;
-        child.wait_ready()?;
-        children.push(child);
-    }
+    let mut children = soon_exiting(device, rng)?;
     pull(host)?;
     children.iter_mut().try_for_each(Child::join)
 }
