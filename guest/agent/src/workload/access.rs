@@ -290,6 +290,15 @@ fn round_case_hole(round: &mut Round<'_, '_>, name: &str, beyond_end: bool) {
         if beyond_end {
             let file = memory_file(PAGE)?;
             let map = Mapping::new(4 * PAGE, WINDOW, Backing::FileShared(file.as_fd(), 0)).doing("mmap")?;
+            // A job that goes on behind the end does what it may before.
+            let pattern = Pattern { first: 5, step: PAGE_WORDS };
+            let over = context.run(Job::fill(map.at(0), 2 * PAGE, pattern))?;
+            if over.has_faulted_at(map.at(0)) {
+                let detail = "refused because of what follows in the same access".to_owned();
+                return Err(Failure::refused(context.handle(), map.at(0), detail));
+            }
+            over.faulted_at(map.at(PAGE))?;
+            context.cpu_check(&map, 0, PAGE, pattern)?;
             map.store(0, 1);
             context.check(&map, 0, 8, Pattern { first: 1, step: 0 })?;
             context.must_not_reach(&map, PAGE)?;
