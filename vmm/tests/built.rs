@@ -15,7 +15,7 @@ const MMDEBSTRAP: &str = r#"
 [ "$1" != --version ] || exec echo mmdebstrap 1.3.5
 for root do :; done
 mkdir -p "$root/usr/bin" "$root/usr/src" "$root/lib64"
-for program in sh tar xz cat grep date stat find cp mv rm mkdir sleep; do
+for program in sh tar cat grep date stat find cp mv rm mkdir sleep; do
 	path=$(readlink -f "$(command -v $program)")
 	cp "$path" "$root/usr/bin/$program"
 	for library in $(ldd "$path" | grep -o '/[^ ]*'); do
@@ -30,7 +30,10 @@ echo "Get:2 x trixie/main amd64 gcc-14 amd64 14.2.0-19 [1 MB]"
 mkdir -p "$TOOLS/linux-source-7.9/kernel/configs"
 echo all: > "$TOOLS/linux-source-7.9/Makefile"
 echo CONFIG_EXPERT=y > "$TOOLS/linux-source-7.9/kernel/configs/tiny-base.config"
-tar -C "$TOOLS" -cJf "$root/usr/src/linux-source-7.9.tar.xz" linux-source-7.9
+# Not packed, for not every machine has xz.
+printf '#!/bin/sh\nexec cat\n' > "$root/usr/bin/xz"
+chmod +x "$root/usr/bin/xz"
+tar -C "$TOOLS" -cf "$root/usr/src/linux-source-7.9.tar.xz" linux-source-7.9
 echo fetched >> "$TOOLS/count"
 "#;
 
