@@ -29,7 +29,9 @@ static int vgpu_atomics_set(const char *value, const struct kernel_param *kp)
 	if (strcmp(word, VGPU_ATOMICS_AUTO) && strcmp(word, "coherent") &&
 	    strcmp(word, "exclusive"))
 		return -EINVAL;
-	if (!VGPU_DEVMEM && !strcmp(word, "exclusive"))
+	/* The mirror layer's callbacks do not tell who has caused them. */
+	if (!strcmp(word, "exclusive") &&
+	    (!VGPU_DEVMEM || (vgpu_backend && vgpu_backend != &vgpu_backend_interval)))
 		return -EOPNOTSUPP;
 	strscpy(vgpu_atomics, word, sizeof(vgpu_atomics));
 	return 0;
