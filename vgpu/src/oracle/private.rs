@@ -187,6 +187,7 @@ impl Oracle {
             let now = Space { root, format }.settled(&memory, place.va);
             if is_private(&now) && now.frame == place.frame {
                 self.judge(&Input::Outlived { ctx, page, place, sight: Sight::Returned, still: true });
+                // After it is on the list, so that who finds the list empty takes nothing back.
                 self.outliving.store(true, SeqCst);
             }
         }
@@ -202,7 +203,12 @@ impl Oracle {
 
     #[cold]
     fn look_at_outliving_of(&self, sight: Sight, which: impl Fn(&Outliving) -> bool) {
-        let list = self.state.lock().outliving(which);
+        let list = {
+            let state = self.state.lock();
+            // Set anew by who adds one, after that: see `data_returned`.
+            self.outliving.store(!state.private.outliving.is_empty(), SeqCst);
+            state.outliving(which)
+        };
         let Some((format, memory)) = self.tables() else { return };
         for (Outliving { ctx, page, place, .. }, root) in list {
             let now = Space { root, format }.settled(&memory, place.va);

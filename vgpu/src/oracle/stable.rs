@@ -16,8 +16,10 @@ use super::state::{Finding, State};
 
 /// Promises remembered at once; a guest that gives more is not held to the others.
 const MOST_RANGES: usize = 1024;
-/// Faults that are followed at once, and cancelled ones kept for a promise.
+/// Faults that are followed at once.
 const MOST_FAULTS: usize = 4096;
+/// Cancelled ones kept for a promise: of each context one is reported.
+const MOST_CANCELLED: usize = 64;
 
 /// A promise.
 struct Promise {
@@ -75,7 +77,7 @@ impl State {
                 let Some((ctx, va)) = self.stable.raised.remove(&fault.0) else { return };
                 let Some(mm) = self.mm_of(ctx) else { return };
                 for promise in self.stable.promises.iter_mut().filter(|promise| promise.covers(mm, va)) {
-                    if promise.cancelled.len() < MOST_FAULTS {
+                    if promise.cancelled.len() < MOST_CANCELLED {
                         promise.cancelled.push((ctx, va));
                     }
                 }

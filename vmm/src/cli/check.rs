@@ -16,6 +16,7 @@ use crate::report::out::TRACE;
 use crate::report::results::{AllowedRecord, Verdict, ViolationRecord};
 use crate::runner::allow::{Allow, Kernel};
 use crate::runner::untrusted;
+use crate::runner::verdict::unkept_beside_allowed;
 
 /// Arguments of `check`.
 #[derive(Debug, Args)]
@@ -111,6 +112,9 @@ fn report(trace: &TraceFile<'_>, checked: Checked, allow: Option<&Allow>) -> Rep
             None => violations.push(record),
         }
     }
+    // What a full list had no room for is nobody's to accept.
+    let unkept = if allowed.is_empty() { 0 } else { checked.counters.suppressed };
+    gaps.extend(unkept_beside_allowed(unkept));
     let (verdict, mut reasons) = if violations.is_empty() {
         (if gaps.is_empty() { Verdict::Clean } else { Verdict::Inconclusive }, Vec::new())
     } else {
@@ -223,6 +227,26 @@ mod tests {
         run(folder.path(), Some(&[]), |oracle| (0..400_000).for_each(|_| reset(oracle)));
         let (status, text) = checked(folder.path(), false);
         assert!(status == 3 && text.contains("--trace-bytes"), "{text}");
+    }
+
+    #[test]
+    fn what_was_not_kept_is_not_accepted() {
+        let folder = tempfile::tempdir().unwrap();
+        let list = folder.path().join("allow.toml");
+        std::fs::write(&list, "[[allow]]\nrule = \"kernel/oops\"\nreason = \"known\"\n").unwrap();
+        let most = OracleConfig::default().max_violations;
+        for (found, status) in [(most, 0), (most + 1, 3)] {
+            let path = run(folder.path(), Some(&[]), |oracle| {
+                for number in 0..found {
+                    oracle.report(Violation::new(Rule::KernelOops, format!("number {number}")));
+                }
+            });
+            let mut out = Vec::new();
+            let args = CheckArgs { trace: path, allow: Some(list.clone()), json: false };
+            assert_eq!(print(&args, &Human::new(), &mut out).unwrap(), status);
+            let said = String::from_utf8(out).unwrap().contains("1 violations were not kept");
+            assert_eq!(said, status != 0);
+        }
     }
 
     #[test]

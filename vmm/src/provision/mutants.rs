@@ -161,6 +161,17 @@ mod tests {
     }
 
     #[test]
+    fn options_are_those_of_the_driver_and_the_platform() {
+        let with = |options| read("/x/y.patch".into(), &format!("About.\nOptions: {options}\n--- a/x.c"));
+        let words = with("--backend mirror  --mirror-policy srcu").unwrap().options;
+        assert_eq!(words, ["--backend", "mirror", "--mirror-policy", "srcu"]);
+        assert!(with("").unwrap().options.is_empty());
+        for wrong in ["--iterations 9", "--atomics exclusive --seed 1", "access"] {
+            assert_eq!(with(wrong).unwrap_err().kind.exit_status(), 2, "{wrong}");
+        }
+    }
+
+    #[test]
     fn a_rule_that_there_is_not_is_refused() {
         for text in
             ["About.\nRule: nonsense\n--- a/x.c", "About.\nRule: release/late\nAlso: release/late,, x\n"]

@@ -64,6 +64,11 @@ pub fn judge(evidence: &Evidence) -> (Verdict, Vec<String>) {
     if doubts.is_empty() { (Verdict::Clean, doubts) } else { (Verdict::Inconclusive, doubts) }
 }
 
+/// What is said of violations that were not kept, where others are accepted: nobody knows what they were.
+pub(crate) fn unkept_beside_allowed(unkept: u64) -> Option<String> {
+    (unkept > 0).then(|| format!("{unkept} violations were not kept beside those that are allowed"))
+}
+
 fn doubts(evidence: &Evidence) -> Vec<String> {
     let mut doubts = Vec::new();
     if evidence.interrupted {
@@ -92,9 +97,7 @@ fn doubts(evidence: &Evidence) -> Vec<String> {
     if !gone {
         doubts.extend(evidence.scenario.iter().cloned());
     }
-    if evidence.unkept > 0 {
-        doubts.push(format!("{} violations were not kept beside those that are allowed", evidence.unkept));
-    }
+    doubts.extend(unkept_beside_allowed(evidence.unkept));
     // One that is gone or was cut short may not have got so far.
     if evidence.done {
         doubts.extend(evidence.unneeded.iter().cloned());

@@ -115,6 +115,16 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     round.case("munmap/far", |rng| wide::far(device, rng));
 }
 
+/// A child waits until its parent, which shares this page with it, says that it has written.
+fn until_written(written: &Mapping) -> Checked {
+    let until = Instant::now() + BOUND;
+    while written.load(0) == 0 {
+        require(Instant::now() < until, || "the parent did not write".to_owned())?;
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    Ok(())
+}
+
 impl Scene {
     fn new(device: &dyn Device, rng: &mut Rng, op: Op, huge: bool, whole: bool) -> Checked<Self> {
         let unit = if huge { HUGE } else { WINDOW };
@@ -300,11 +310,7 @@ impl Scene {
         let written = Mapping::new(PAGE, PAGE, Backing::AnonymousShared).doing("mmap")?;
         let mut child = Child::spawn(|parent| {
             parent.ready(0);
-            let until = Instant::now() + BOUND;
-            while written.load(0) == 0 {
-                require(Instant::now() < until, || "the parent did not write".to_owned())?;
-                std::thread::sleep(Duration::from_micros(200));
-            }
+            until_written(&written)?;
             self.cpu_sees(0, self.map.bytes(), self.pattern).doing("in the child")
         })?;
         child.wait_ready()?;

@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Ranges that many tables lie in: what a driver does for the first few of them it must do for the last.
 
-use std::time::{Duration, Instant};
-
 use nix::sys::mman::MmapAdvise;
 
-use super::Op;
+use super::{Op, until_written};
 use crate::client::{Context, Job};
 use crate::device::Device;
 use crate::memory::{Backing, HUGE, Mapping, PAGE, Prot, WINDOW};
-use crate::outcome::{Checked, Doing, Failure, require};
-use crate::process::{BOUND, Child};
+use crate::outcome::{Checked, Doing, Failure};
+use crate::process::Child;
 use crate::rng::Rng;
 
 /// Places that the device has mapped, each in a table of its own: more than a driver has room for at once.
@@ -121,11 +119,7 @@ impl Wide {
         let written = Mapping::new(PAGE, PAGE, Backing::AnonymousShared).doing("mmap")?;
         let mut child = Child::spawn(|parent| {
             parent.ready(0);
-            let until = Instant::now() + BOUND;
-            while written.load(0) == 0 {
-                require(Instant::now() < until, || "the parent did not write".to_owned())?;
-                std::thread::sleep(Duration::from_micros(200));
-            }
+            until_written(&written)?;
             self.cpu_sees(self.first).doing("in the child")
         })?;
         child.wait_ready()?;
