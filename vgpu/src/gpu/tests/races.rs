@@ -176,7 +176,8 @@ fn a_hit_during_an_invalidation_is_not_remembered() {
         }
         for queue in &mut queues {
             for _ in 0..3 {
-                queue.submit(&rig, strided(100_000, 2));
+                // Far more than can be done before the invalidation, however long this thread has to wait for a CPU: a fault ends it.
+                queue.submit(&rig, strided(MAX_LEN / 2, 2));
             }
         }
         std::thread::sleep(std::time::Duration::from_millis(2));
@@ -187,10 +188,7 @@ fn a_hit_during_an_invalidation_is_not_remembered() {
         for (queue, first) in queues.iter().zip(&last) {
             let fault =
                 (1..=3).any(|job| queue.completion(&rig, first + job).is_none_or(|done| done.status == 0));
-            assert!(
-                fault || round > 0,
-                "all jobs were over before the invalidation: this round shows nothing"
-            );
+            assert!(fault, "all jobs were over before the invalidation: this round shows nothing");
         }
         let view = rig.gpu.context(space.ctx).unwrap();
         assert_eq!(view.tlb_entries, 0);
