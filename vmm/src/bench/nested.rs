@@ -2,6 +2,7 @@
 //! Our native machine against QEMU with KVM, side by side in one outer guest (`--nested`): what both cost where the hardware is
 //! the same, emulated as it is.
 
+mod exits;
 pub(crate) mod inside;
 mod program;
 
@@ -118,6 +119,24 @@ const ALONE: &[(&str, &str, &str, &str)] = &[
     ),
     ("exit-edu-write", "exit/edu-write", "us", "the same, a write"),
     ("doorbell-handler", "doorbell/handler", "us", "a write of CMD_TAIL, which our handler takes"),
+    (
+        "kernel-ours",
+        "kernel/ours",
+        "s",
+        "how long the guest's kernel had run when PID 1 came, by its own clock: mostly its own instructions",
+    ),
+    ("kernel-microvm", "kernel/microvm", "s", "the same on microvm"),
+    ("kernel-q35", "kernel/q35", "s", "the same on q35"),
+    (
+        "exits-microvm",
+        "exits/microvm",
+        "",
+        "how often the guest left its processor until PID 1, as KVM counts",
+    ),
+    ("exits-q35", "exits/q35", "", "the same on q35"),
+    ("exits-ours-device", "exits-device/ours", "", "of our guest's, accesses to devices' memory"),
+    ("exits-ours-port", "exits-port/ours", "", "of our guest's, accesses to ports"),
+    ("exits-ours-interrupt", "exits-interrupt/ours", "", "of our guest's, interrupts of the host's"),
     ("memory-microvm", "memory/microvm", "MiB", "memory of QEMU's process at PID 1, without the guest's"),
     ("memory-q35", "memory/q35", "MiB", "the same with q35"),
 ];
@@ -176,6 +195,12 @@ fn figures(values: &Values) -> Option<Vec<Figure>> {
         Figure::new("nested", "doorbell-ioeventfd", kernels, "us", about)
             .ratio(paired_ratio(of("doorbell/ioeventfd")?, of("doorbell/handler")?)?),
     );
+    let exits = of("exits/ours")?;
+    let about = "how often our guest left its processor until PID 1; ratio to microvm's";
+    figures.push(
+        Figure::new("nested", "exits-ours", median(exits)?, "", about)
+            .ratio(paired_ratio(exits, of("exits/microvm")?)?),
+    );
     let memory = median(of("memory/ours")?)?;
     let about = format!(
         "memory of our process at PID 1, device and oracle included, without the guest's RAM and VRAM; ratio to {MOST_MIB} MiB"
@@ -208,6 +233,7 @@ mod tests {
         assert!(figures(&values).is_none(), "the memory is missing");
         values.insert("memory/ours".into(), vec![4.0]);
         values.insert("doorbell/ioeventfd".into(), vec![1.0]);
+        values.insert("exits/ours".into(), vec![1.0]);
         values.insert("boot/ours".into(), vec![1.0, 2.0]);
         let figures = figures(&values).unwrap();
         let ours = figures.iter().find(|figure| figure.name == "boot-ours").unwrap();

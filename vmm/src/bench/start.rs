@@ -95,6 +95,11 @@ impl Ear {
     /// Waits for the rest of a line that begins with `words`.
     pub(super) fn line(&mut self, words: &[u8], interrupted: &AtomicBool) -> Result<String> {
         self.wait_for(words, interrupted)?;
+        self.rest_of_line(interrupted)
+    }
+
+    /// Waits for the rest of the line of which the beginning was waited for.
+    pub(super) fn rest_of_line(&mut self, interrupted: &AtomicBool) -> Result<String> {
         let from = self.taken;
         self.wait_for(b"\n", interrupted)?;
         Ok(String::from_utf8_lossy(&self.seen[from..self.taken]).trim().to_owned())

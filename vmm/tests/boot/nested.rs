@@ -60,7 +60,6 @@ fn a_broken_driver_is_caught_on_the_native_machine() {
 
 /// The device is pulled out under load and put back in, with MSI-X; the driver copes, and nobody is accused.
 #[test]
-#[ignore = "ten minutes nested on a busy host; it has not been seen to end on the newest code"]
 fn the_device_is_pulled_out_and_put_back_in() {
     let _one = machine();
     let finished = on_native(&["unplug", "--seed", "1", "--iterations", "1"]);

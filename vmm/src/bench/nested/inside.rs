@@ -15,6 +15,7 @@ use tempfile::NamedTempFile;
 use vgpu::gpu::GpuConfig;
 use vgpu_spec::regs::gpu as regs;
 
+use super::exits;
 use super::program::{self, Access};
 use crate::bench::start::{Deaf, Ear, Running, listen};
 use crate::event::{Event, EventSink};
@@ -46,6 +47,7 @@ pub(crate) fn measure(
     interrupted: &AtomicBool,
 ) -> Result<()> {
     let bench = Inside { config, parts, events, interrupted };
+    exits::show()?;
     // The first start of ours comes before everything else: the allocator keeps some of what later ones give back.
     bench.boots(0)?;
     bench.registers()?;
@@ -127,7 +129,6 @@ impl Inside<'_> {
         let cmdline = plan::cmdline(self.config.append.as_deref());
         let path = kernel.display().to_string();
         let linux = ["-kernel", &path, "-initrd", place::INITRAMFS, "-append", &cmdline];
-        let words = CONSOLE_PREFIX.as_bytes();
         for turn in 0..3 {
             self.tell(super::BEGIN, 0.0, "");
             let began = Instant::now();
@@ -136,7 +137,7 @@ impl Inside<'_> {
                     let initramfs = fs::File::open(place::INITRAMFS)
                         .map_err(|error| Failure::environment(format!("no initramfs: {error}")))?;
                     let mut ours = self.ours(&kernel, initramfs, memory, None)?;
-                    let booted = ours.ear.wait_for(words, self.interrupted)?;
+                    let booted = self.booted(&mut ours.ear, "ours")?;
                     let resident = if round == 0 { Some(resident("self", &is_our_guests)?) } else { None };
                     ("ours", booted, resident)
                 }
@@ -145,7 +146,7 @@ impl Inside<'_> {
                     // Without a clock chip, which it leaves out with KVM, Linux looks for one for seconds.
                     let shape = ["q35", "microvm,rtc=on"][which - 1];
                     let (running, mut ear) = self.qemu(shape, memory, &linux)?;
-                    let booted = ear.wait_for(words, self.interrupted)?;
+                    let booted = self.booted(&mut ear, machine)?;
                     let pid = running.pid().to_string();
                     (machine, booted, Some(resident(&pid, &|size, _| size == memory)?))
                 }
@@ -156,6 +157,22 @@ impl Inside<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Waits for PID 1; when it came. Tells how often the guest left its processor until then, and how long its kernel ran.
+    fn booted(&self, ear: &mut Ear, name: &str) -> Result<Instant> {
+        let at = ear.wait_for(CONSOLE_PREFIX.as_bytes(), self.interrupted)?;
+        for ((counter, _), value) in exits::COUNTERS.iter().zip(exits::count()?) {
+            self.tell(&format!("{counter}/{name}"), value, "");
+        }
+        let line = ear.rest_of_line(self.interrupted)?;
+        match serde_json::from_str(&line) {
+            Ok(Message::Booted { uptime_ms, .. }) => {
+                self.tell(&format!("kernel/{name}"), uptime_ms as f64 / 1000.0, "s");
+                Ok(at)
+            }
+            _ => Err(Failure::inconclusive(format!("a guest's PID 1 says `{line}`"))),
+        }
     }
 
     /// What an access costs that leaves the guest.

@@ -20,9 +20,11 @@ const FIRST_SLOT: usize = 4;
 /// - With XSAVE, an inner kernel finds a state size that differs from the one it computes, warns, and dies; so XSAVE is out, and
 ///   with it everything that needs it.
 /// - Five-level paging makes every nested walk longer for nothing.
+/// - With fast strings (ERMS and its successors) kernels copy and clear memory byte by byte, which the translator does literally;
+///   without them they do it by words of eight.
 ///
 /// The whole story is in docs/decisions/0007-nested.md.
-const OUTER_CPU: &str = "max,+svm,-xsave,-xsaveopt,-xsavec,-xsaves,-xgetbv1,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq,-pku,-pks,-mpx,-la57";
+const OUTER_CPU: &str = "max,+svm,-xsave,-xsaveopt,-xsavec,-xsaves,-xgetbv1,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq,-pku,-pks,-mpx,-la57,-erms,-fsrm,-fzrm,-fsrs,-fsrc";
 
 /// What the arguments are made of.
 pub(super) struct Parts<'a> {
