@@ -39,20 +39,17 @@ pub struct Clues {
     pub roles: Vec<(u32, String)>,
 }
 
-/// Functions in which a task waits for what another has to let go, or to end.
+/// Functions in which a task that sleeps waits for what another has to let go, or to end.
 const LOCKS: &[&str] = &[
     "mutex_lock",
     "rwsem_down",
     "down_read",
     "down_write",
     "rt_mutex",
+    "rtlock_",
     "rwbase_",
     "percpu_rwsem",
     "percpu_down",
-    "spin_lock_slowpath",
-    "_raw_spin_lock",
-    "write_lock",
-    "read_lock",
     "folio_lock",
     "folio_wait",
     "lock_page",
@@ -67,6 +64,11 @@ const LOCKS: &[&str] = &[
     "kthread_stop",
     "kthread_flush",
 ];
+
+/// Functions in which a task on a CPU waits for a lock. One that runs may be seen inside of `down_read()` or `__rcu_read_lock()` by chance,
+/// if it takes and leaves locks over and over; it stays in these only if it does not get one.
+const SPINS: &[&str] =
+    &["spin_lock_slowpath", "read_lock_slowpath", "write_lock_slowpath", "osq_lock", "spin_on_owner"];
 
 /// Lines of one task kept at most: a recursion has no end.
 const MAX_FRAMES: usize = 40;
@@ -89,7 +91,8 @@ struct Task {
 impl Task {
     /// The innermost frame that waits for a lock, and where in the frames it is.
     fn lock(&self) -> Option<usize> {
-        self.frames.iter().position(|frame| LOCKS.iter().any(|lock| function(frame).contains(lock)))
+        let waits = if self.running { SPINS } else { LOCKS };
+        self.frames.iter().position(|frame| waits.iter().any(|wait| function(frame).contains(wait)))
     }
 
     /// Whether it is at work in a module or in what drivers mirror with, and not only on the CPU by chance.

@@ -81,6 +81,23 @@ fn a_spinning_lock_is_a_lock() {
     assert_eq!(judge(&clues(&spinning, true, standing(0, 0))).rule, Rule::HangDeadlock);
 }
 
+/// Whoever goes round takes and leaves locks, and may be seen at it.
+#[test]
+fn a_lock_that_is_taken_by_the_way_is_no_wait() {
+    for by_the_way in
+        ["__rcu_read_lock", "down_read", "mmu_interval_read_begin", "_raw_spin_lock", "mutex_lock"]
+    {
+        let looping = SPINNING.replace("hmm_range_fault", by_the_way);
+        assert_eq!(judge(&clues(&looping, true, standing(1, 0))).rule, Rule::HangLivelock, "{by_the_way}");
+        let listed = looping.lines().filter(|line| !line.contains("cpu 1")).collect::<Vec<_>>().join("\n");
+        let listed = listed.replace(
+            "running task     stack:0     pid:31    tgid:31",
+            "running task     pid:31\n down_read+0x1/0x2\n vgpu_mirror_fault+0x1/0x2 [hmm_vgpu]",
+        );
+        assert_eq!(judge(&clues(&listed, true, standing(1, 0))).rule, Rule::HangLivelock, "{by_the_way}");
+    }
+}
+
 #[test]
 fn nobody_does_anything() {
     let rule = |still, parked, untaken| judge(&clues("", still, standing(parked, untaken))).rule;
