@@ -2,7 +2,8 @@
 //! Why a guest that lives gets nothing done: from the stacks it printed and from what the device stands at.
 //!
 //! The stacks are those of blocked tasks (sysrq w), of CPUs that are not idle (sysrq l), and of tasks that could run (the
-//! witness). They are one look at one moment; what the device did meanwhile says the rest.
+//! witness). They are two looks: who is at work in both, while the device does nothing, works without end. What the device did
+//! meanwhile says the rest.
 
 use vgpu::oracle::{Rule, Violation};
 
@@ -25,7 +26,9 @@ pub struct Standing {
 /// What is known of a hang.
 #[derive(Clone, Debug)]
 pub struct Clues {
-    /// What the guest printed when it was asked.
+    /// What the guest printed when it was asked first.
+    pub before: Vec<String>,
+    /// What it printed when it was asked again; what it printed first counts if there is nothing.
     pub stacks: Vec<String>,
     /// What the device stands at.
     pub standing: Standing,
@@ -212,20 +215,31 @@ fn told(tasks: &[&Task]) -> String {
 
 /// What kind of hang it is, and the stacks that show it.
 ///
-/// Who waits for a lock outranks everything, for others may just wait for those. Then comes who works without end. Only if
-/// neither is there it is a matter of news that nobody took: then the device stands still.
+/// A circle of locks that the driver tells of outranks everything. Then comes who is at work both times while the device does
+/// nothing: whoever waits for a lock waits for that one, since in a deadlock nobody is at work. Then who waits for a lock, for others
+/// may just wait for those. Only if there is none of these it is a matter of news that nobody took: then the device stands still.
 #[must_use]
 pub fn judge(clues: &Clues) -> Violation {
-    let all = tasks(&clues.stacks);
+    let before = tasks(&clues.before);
+    let (all, printed) = match tasks(&clues.stacks) {
+        none if none.is_empty() => (before.clone(), &clues.before),
+        some => (some, &clues.stacks),
+    };
     let blocked: Vec<&Task> = all.iter().filter(|task| task.blocked).collect();
     let locked: Vec<&Task> =
         all.iter().filter(|task| task.lock().is_some() && (task.blocked || task.at_work())).collect();
-    let busy: Vec<&Task> = all.iter().filter(|task| task.at_work()).collect();
+    let at_work = |task: &Task| task.at_work() && task.lock().is_none();
+    let busy: Vec<&Task> = all.iter().filter(|task| at_work(task)).collect();
+    let lasts = |task: &&Task| before.iter().any(|then| then.pid == task.pid && at_work(then));
+    let endless: Vec<&Task> = busy.iter().copied().filter(lasts).collect();
     let Standing { faults_parked: parked, faults_untaken: untaken, interrupts, .. } = clues.standing;
     // The driver's own word on its locks, where it has one, says who waits for whom.
-    let circle = locks::deadlock(&clues.stacks, &clues.roles);
+    let circle = locks::deadlock(printed, &clues.roles);
     let (rule, what) = if let Some((circle, _)) = &circle {
         (Rule::HangDeadlock, circle.clone())
+    } else if clues.still && !endless.is_empty() {
+        let waiting = if locked.is_empty() { "no task waits for a lock" } else { "the device stands still" };
+        (Rule::HangLivelock, format!("{waiting}; at work without end: {}", told(&endless)))
     } else if !locked.is_empty() {
         (Rule::HangDeadlock, format!("blocked: {}", told(&locked)))
     } else if !busy.is_empty() {
@@ -250,8 +264,8 @@ pub fn judge(clues: &Clues) -> Violation {
     };
     let text = format!("no progress for {} heartbeats {}: {what}", clues.heartbeats, clues.place);
     let mut violation = Violation::new(rule, text);
-    let mut shown: Vec<&Task> = locked.clone();
-    for task in busy.iter().chain(&blocked) {
+    let mut shown: Vec<&Task> = if rule == Rule::HangLivelock { endless } else { locked.clone() };
+    for task in busy.iter().chain(&locked).chain(&blocked) {
         if !shown.contains(task) {
             shown.push(task);
         }
@@ -260,7 +274,7 @@ pub fn judge(clues: &Clues) -> Violation {
     let stacks = shown.iter().flat_map(|task| task.lines.iter().cloned());
     violation.events = waits.into_iter().chain(stacks).collect();
     if violation.events.is_empty() {
-        violation.events = clues.stacks.clone();
+        violation.events = printed.clone();
     }
     violation
 }

@@ -40,8 +40,16 @@ const SPINNING: &str = "\
 [   40.000032]  serial8250_console_write+0x1/0x2";
 
 fn clues(stacks: &str, still: bool, standing: Standing) -> Clues {
-    let stacks = stacks.lines().map(str::to_owned).collect();
-    Clues { stacks, standing, still, heartbeats: 300, place: "in access".into(), roles: Vec::new() }
+    let stacks: Vec<String> = stacks.lines().map(str::to_owned).collect();
+    Clues {
+        before: stacks.clone(),
+        stacks,
+        standing,
+        still,
+        heartbeats: 300,
+        place: "in access".into(),
+        roles: Vec::new(),
+    }
 }
 
 fn standing(parked: u64, untaken: u64) -> Standing {
@@ -96,6 +104,26 @@ fn a_lock_that_is_taken_by_the_way_is_no_wait() {
         );
         assert_eq!(judge(&clues(&listed, true, standing(1, 0))).rule, Rule::HangLivelock, "{by_the_way}");
     }
+}
+
+/// Whoever goes round with a lock held makes others wait for it: that is no deadlock. Who is at work in one look only, or while the
+/// device is at work, may be anybody.
+#[test]
+fn at_work_without_end_is_what_lasts() {
+    let both = format!("{INVERSION}\n{}", SPINNING.replace("31", "99"));
+    let lasting = clues(&both, true, standing(1, 0));
+    let found = judge(&lasting);
+    assert_eq!(found.rule, Rule::HangLivelock);
+    assert!(found.summary.contains("(pid 99) in hmm_range_fault"), "{}", found.summary);
+    assert!(
+        found.events.iter().any(|line| line.contains("rwsem_down_read_slowpath")),
+        "who waits is shown too"
+    );
+    let once = Clues { before: INVERSION.lines().map(str::to_owned).collect(), ..lasting.clone() };
+    assert_eq!(judge(&once).rule, Rule::HangDeadlock);
+    assert_eq!(judge(&Clues { still: false, ..lasting.clone() }).rule, Rule::HangDeadlock);
+    // A second look that did not come leaves the first.
+    assert_eq!(judge(&Clues { stacks: Vec::new(), ..lasting }).rule, Rule::HangLivelock);
 }
 
 #[test]

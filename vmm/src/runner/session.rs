@@ -92,8 +92,9 @@ pub struct Session<'a> {
     start: Instant,
     last_console: Instant,
     activity: u64,
-    /// Console line from which on a hanging guest prints its stacks, and what the device stood at then.
-    stacks_from: u64,
+    /// Console lines from which on a hanging guest prints its stacks, the first and the second time, and what the device stood at
+    /// the first time.
+    stacks_from: [u64; 2],
     stood: Standing,
     /// The first fault that was not answered: a hang is likely to be about it.
     unanswered: Option<Violation>,
@@ -144,7 +145,7 @@ impl<'a> Session<'a> {
             limits: given.limits,
             start: given.start,
             last_console: given.start,
-            stacks_from: 0,
+            stacks_from: [0; 2],
             stood: Standing::default(),
             unanswered: None,
             nmi: false,
@@ -398,8 +399,13 @@ impl<'a> Session<'a> {
     /// The guest was asked for its stacks and still does not get on: says why.
     fn hang(&mut self) {
         let standing = self.device.standing();
+        let [first, second] = self.stacks_from;
+        let mut before = self.console.since(first);
+        let stacks = self.console.since(second);
+        before.truncate(before.len().saturating_sub(stacks.len()));
         let mut violation = hang::judge(&Clues {
-            stacks: self.console.since(self.stacks_from),
+            before,
+            stacks,
             standing,
             still: standing.activity == self.stood.activity,
             heartbeats: self.watch.stalled(),
@@ -441,7 +447,7 @@ impl<'a> Session<'a> {
         match self.watch.check(now) {
             None => false,
             Some(Alarm::AskStacks) => {
-                self.stacks_from = self.console.count();
+                self.stacks_from = [self.console.count(); 2];
                 self.stood = self.device.standing();
                 self.events.event(Event::Note {
                     text: format!(
@@ -450,6 +456,11 @@ impl<'a> Session<'a> {
                         self.place()
                     ),
                 });
+                self.device.request(REQUEST_BLOCKED_TASKS | REQUEST_ALL_CPUS);
+                false
+            }
+            Some(Alarm::AskAgain) => {
+                self.stacks_from[1] = self.console.count();
                 self.device.request(REQUEST_BLOCKED_TASKS | REQUEST_ALL_CPUS);
                 false
             }

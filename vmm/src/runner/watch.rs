@@ -23,7 +23,7 @@ pub struct Limits {
     pub hang_heartbeats: u64,
     /// The same, once there is a reason to suspect a hang.
     pub suspect_heartbeats: u64,
-    /// Heartbeats given to the guest to print its stacks.
+    /// Heartbeats given to the guest to print its stacks, each of the two times that it is asked.
     pub stack_heartbeats: u64,
     /// Heartbeats that a run goes on after its first violation; `None` is to its end. A broken driver may make every
     /// further case wait for its deadline.
@@ -65,6 +65,8 @@ impl Limits {
 pub enum Alarm {
     /// No progress: the guest is to print its stacks.
     AskStacks,
+    /// Still none: once more, so that what lasts can be told from what is so by chance.
+    AskAgain,
     /// Still none: what the guest printed is the evidence.
     Hang,
     /// The guest is lost.
@@ -96,6 +98,7 @@ pub struct Watch {
     heartbeat: u64,
     progress_at: u64,
     asked_at: Option<u64>,
+    asked_again: bool,
     suspected: bool,
     phase: Phase,
     driver_pending: bool,
@@ -118,6 +121,7 @@ impl Watch {
             heartbeat: 0,
             progress_at: 0,
             asked_at: None,
+            asked_again: false,
             suspected: false,
             phase: Phase::Boot,
             driver_pending: plan.load_driver,
@@ -270,11 +274,14 @@ impl Watch {
         let patience = if self.suspected { limits.suspect_heartbeats } else { limits.hang_heartbeats };
         match self.asked_at {
             None if self.stalled() >= patience => {
-                self.asked_at = Some(self.heartbeat);
+                (self.asked_at, self.asked_again) = (Some(self.heartbeat), false);
                 Some(Alarm::AskStacks)
             }
-            Some(asked) if self.heartbeat.saturating_sub(asked) >= limits.stack_heartbeats => {
-                Some(Alarm::Hang)
+            Some(asked) if self.heartbeat.saturating_sub(asked) < limits.stack_heartbeats => None,
+            Some(_) if self.asked_again => Some(Alarm::Hang),
+            Some(_) => {
+                (self.asked_at, self.asked_again) = (Some(self.heartbeat), true);
+                Some(Alarm::AskAgain)
             }
             _ => None,
         }
@@ -364,6 +371,8 @@ mod tests {
         assert_eq!(clock.beats(29), None);
         assert_eq!(clock.beats(2), Some(Alarm::AskStacks));
         assert_eq!(clock.beats(1), None);
+        assert_eq!(clock.beats(2), Some(Alarm::AskAgain));
+        assert_eq!(clock.beats(1), None);
         assert_eq!(clock.beats(2), Some(Alarm::Hang));
     }
 
@@ -374,6 +383,10 @@ mod tests {
         assert_eq!(clock.beats(31), Some(Alarm::AskStacks));
         clock.say(&Message::Progress { workload: "access".into(), done: 1, total: None });
         assert_eq!(clock.beats(29), None);
+        assert_eq!(clock.beats(2), Some(Alarm::AskStacks));
+        assert_eq!(clock.beats(3), Some(Alarm::AskAgain));
+        clock.say(&Message::Progress { workload: "access".into(), done: 1, total: None });
+        assert_eq!(clock.beats(31), Some(Alarm::AskStacks));
     }
 
     #[test]
