@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The options of `mutants`.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -31,6 +32,9 @@ pub struct MutantsArgs {
     /// The first of the seeds
     #[arg(long, value_name = "N", default_value = "1", value_parser = super::seed)]
     pub seed: u64,
+    /// Guests at a time. More than the host has processors for make each slower, and none of them wrong
+    #[arg(long, value_name = "N", default_value = "1", value_parser = jobs)]
+    pub jobs: NonZeroUsize,
     /// Guest kernel: a name of `list kernels`, or the folder of a built kernel tree. A patch that is for another (`Kernel:`) is skipped;
     /// one that is named is tried with its own if none is given
     #[arg(long, value_name = "NAME|TREE")]
@@ -53,4 +57,12 @@ pub struct MutantsArgs {
     /// One JSON object a line
     #[arg(long)]
     pub json: bool,
+}
+
+/// Most guests at a time.
+const MOST_JOBS: usize = 256;
+
+fn jobs(text: &str) -> Result<NonZeroUsize, String> {
+    let within = |jobs: &NonZeroUsize| jobs.get() <= MOST_JOBS;
+    text.parse().ok().filter(within).ok_or_else(|| format!("not a number from 1 to {MOST_JOBS}"))
 }

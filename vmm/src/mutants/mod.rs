@@ -6,6 +6,7 @@
 
 mod judge;
 mod listen;
+mod pool;
 mod report;
 
 use std::path::Path;
@@ -52,21 +53,28 @@ pub fn run(
     }
     let mut report = Report::new(args, &chosen);
     report.begin();
-    for (mutant, config) in &trials {
-        let judged = match elsewhere(mutant, config) {
+    let stop = AtomicBool::new(false);
+    let work = |index: usize| {
+        let (mutant, config) = &trials[index];
+        match elsewhere(mutant, config) {
             Some(kernel) => {
                 let why = format!("for kernel {kernel}: --kernel {kernel}");
-                Judged::untried(mutant, config, Outcome::Skipped, why)
+                Ok(Judged::untried(mutant, config, Outcome::Skipped, why))
             }
-            None => trial(args.benign, mutant, config, interrupted)?,
-        };
-        if interrupted.load(Ordering::SeqCst) {
-            report.end();
-            return Err(Failure::inconclusive("interrupted"));
+            None => trial(args.benign, mutant, config, &[interrupted, &stop]),
         }
-        report.add(judged);
-    }
+    };
+    pool::in_order(args.jobs, trials.len(), &stop, work, |judged| {
+        let goes_on = !interrupted.load(Ordering::SeqCst);
+        if goes_on {
+            report.add(judged);
+        }
+        goes_on
+    })?;
     report.end();
+    if interrupted.load(Ordering::SeqCst) {
+        return Err(Failure::inconclusive("interrupted"));
+    }
     Ok(u8::from(!report.as_it_should_be()))
 }
 
@@ -152,15 +160,15 @@ fn provision(trials: &[(&Mutant, RunConfig)], steps: &Arc<dyn EventSink>) -> Res
     Provisioner::new(Cache::from_env()?, Arc::clone(steps)).everything(&kernels, &[]).map(drop)
 }
 
-/// One guest with one driver.
-fn trial(benign: bool, mutant: &Mutant, config: &RunConfig, interrupted: &AtomicBool) -> Result<Judged> {
+/// One guest with one driver, ended early by either of `ends`.
+fn trial(benign: bool, mutant: &Mutant, config: &RunConfig, ends: &[&AtomicBool; 2]) -> Result<Judged> {
     let listener = Arc::new(Listener::new((!benign).then(|| mutant.clone())));
     let stop = AtomicBool::new(false);
     let ended = AtomicBool::new(false);
     let outcome = std::thread::scope(|scope| {
         scope.spawn(|| {
             while !ended.load(Ordering::SeqCst) {
-                if interrupted.load(Ordering::SeqCst) || listener.heard_enough() {
+                if ends.iter().any(|end| end.load(Ordering::SeqCst)) || listener.heard_enough() {
                     stop.store(true, Ordering::SeqCst);
                 }
                 std::thread::sleep(TICK);
