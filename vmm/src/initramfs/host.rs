@@ -28,10 +28,12 @@ pub fn parse_add(argument: &str) -> Result<(PathBuf, String)> {
             )));
         }
     }
-    let name = Path::new(argument)
-        .canonicalize()
-        .ok()
-        .and_then(|path| path.file_name()?.to_str().map(str::to_owned));
+    // The name that was typed, also where it is a link's: nobody looks for /bin/sh under /add/dash. `.` and `..` have none.
+    let path = Path::new(argument);
+    let typed = path.exists().then(|| path.file_name()).flatten().map(ToOwned::to_owned);
+    let name = typed
+        .or_else(|| path.canonicalize().ok()?.file_name().map(ToOwned::to_owned))
+        .and_then(|name| name.into_string().ok());
     match name {
         Some(name) => Ok((argument.into(), format!("/add/{name}"))),
         None => {

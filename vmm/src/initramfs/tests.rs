@@ -118,10 +118,18 @@ fn a_dynamic_program_brings_its_loader_and_libraries() {
 #[test]
 fn arguments_of_add() {
     assert_eq!(parse_add("x:/y").unwrap(), ("x".into(), "/y".into()));
-    assert_eq!(
-        parse_add("/bin/").unwrap().1.split('/').next_back(),
-        std::fs::canonicalize("/bin").unwrap().file_name().unwrap().to_str()
-    );
+    assert_eq!(parse_add("/bin/").unwrap().1, "/add/bin");
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("mytest-1.2"), "").unwrap();
+    let (link, dangling) = (dir.path().join("mytest"), dir.path().join("dangling"));
+    symlink("mytest-1.2", &link).unwrap();
+    symlink("nothing", &dangling).unwrap();
+    assert_eq!(parse_add(link.to_str().unwrap()).unwrap().1, "/add/mytest", "a link goes by its own name");
+    assert!(parse_add(dangling.to_str().unwrap()).is_err());
+    let above = dir.path().join("sub");
+    std::fs::create_dir(&above).unwrap();
+    let name = dir.path().canonicalize().unwrap().file_name().unwrap().to_str().unwrap().to_owned();
+    assert_eq!(parse_add(above.join("..").to_str().unwrap()).unwrap().1, format!("/add/{name}"));
     assert!(parse_add("x:y").is_err());
     assert!(parse_add("no such file").is_err());
 }
