@@ -89,25 +89,34 @@ pub(crate) fn set_sysctls() {
     }
 }
 
-/// Loads a module.
-pub(crate) fn load_module(path: &str, parameters: &str, host: &Host) -> Checked {
+/// The names of the modules that are loaded.
+fn modules() -> Vec<String> {
+    let text = std::fs::read_to_string("/proc/modules").unwrap_or_default();
+    text.lines().filter_map(|line| line.split(' ').next()).map(str::to_owned).collect()
+}
+
+/// Loads a module and tells its name: a driver of the user's has one of its own.
+pub(crate) fn load_module(path: &str, parameters: &str, host: &Host) -> Checked<String> {
+    let before = modules();
     let file = File::open(path).map_err(|error| Failure::wrong(format!("{path}: {error}")))?;
     let parameters =
         CString::new(parameters).map_err(|_| Failure::wrong("module parameters contain a NUL byte"))?;
     finit_module(&file, &parameters, ModuleInitFlags::empty()).doing(&format!("load {path}"))?;
     let module = Path::new(path).file_name().unwrap_or_default().to_string_lossy().into_owned();
     host.send(&Message::ModuleLoaded { module });
-    Ok(())
+    modules()
+        .into_iter()
+        .find(|name| !before.contains(name))
+        .ok_or_else(|| Failure::wrong(format!("{path} was loaded, and /proc/modules has nothing new")))
 }
 
 /// Tells where the code of the modules in `/proc/modules` begins, where the kernel says so.
 pub(crate) fn tell_texts(host: &Host) {
-    for module in std::fs::read_to_string("/proc/modules").unwrap_or_default().lines() {
-        let name = module.split(' ').next().unwrap_or_default();
+    for name in modules() {
         let place = std::fs::read_to_string(format!("/sys/module/{name}/sections/.text")).unwrap_or_default();
         let address = u64::from_str_radix(place.trim().trim_start_matches("0x"), 16);
         if let Some(text) = address.ok().filter(|address| *address != 0) {
-            host.send(&Message::ModuleText { module: name.to_owned(), text });
+            host.send(&Message::ModuleText { module: name, text });
         }
     }
 }

@@ -68,9 +68,10 @@ fn follow(host: &mut Host) -> Checked {
         // The host now hears the same in its place among the witness's records.
         host.send(&boot::booted());
     }
+    let mut driver = None;
     if plan.load_driver {
         leaks::forget(host);
-        boot::load_module(DRIVER_MODULE, &plan.driver_parameters, host)?;
+        driver = Some(boot::load_module(DRIVER_MODULE, &plan.driver_parameters, host)?);
         boot::tell_texts(host);
         if !plan.workloads.is_empty() {
             boot::wait_for_node(vgpu_spec::uapi::DRIVER_DEVICE)?;
@@ -89,8 +90,8 @@ fn follow(host: &mut Host) -> Checked {
         exec::shell();
         boot::end_all_others();
     }
-    if plan.load_driver {
-        unload_driver(host);
+    if let Some(driver) = driver {
+        unload_driver(&driver, host);
         leaks::tell(host);
     }
     // The console tells of complaints, unless a program made the kernel print less. This it cannot take back.
@@ -109,9 +110,9 @@ fn follow(host: &mut Host) -> Checked {
 }
 
 /// Unloads the driver. That it cannot be unloaded with no process left is a finding, reported as a failed case.
-fn unload_driver(host: &Host) {
+fn unload_driver(name: &str, host: &Host) {
     let began = Instant::now();
-    let failure = boot::unload_module("hmm_vgpu").err();
+    let failure = boot::unload_module(name).err();
     let detail = failure.map(|failure| failure.to_string());
     outside(host, ("unload", "driver"), began.elapsed().as_secs_f64(), detail);
 }

@@ -1,6 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The reference driver is clean, and enough was done to say so.
 
+use std::sync::Arc;
+
+use hmm_testbench::event::EventSink;
+use hmm_testbench::provision::{Cache, Provisioner};
+use object::read::elf::ElfFile64;
+use object::{Object, ObjectSection};
+
 use crate::support::{Finished, machine, run};
 
 #[track_caller]
@@ -81,4 +88,39 @@ fn a_program_that_does_not_use_the_device_is_no_evidence() {
     run(["--add", "/bin/true", "--exec", "/add/true", "--seed", "6"])
         .expect_status(3)
         .expect_said("no evidence");
+}
+
+/// A built driver whose module has another name than ours, of the same length.
+fn of_another_name(name: &[u8; 8]) -> tempfile::NamedTempFile {
+    let events: Arc<dyn EventSink> = Arc::new(|_| {});
+    let provisioner = Provisioner::new(Cache::from_env().unwrap(), events);
+    let kernel = provisioner.kernel("backports").unwrap();
+    let mut bytes = std::fs::read(provisioner.modules(&kernel, &[]).unwrap().driver).unwrap();
+    let places: Vec<usize> = {
+        let file: ElfFile64<'_> = ElfFile64::parse(&*bytes).unwrap();
+        [(".gnu.linkonce.this_module", &b"hmm_vgpu\0"[..], 0), (".modinfo", b"\0name=hmm_vgpu\0", 6)]
+            .iter()
+            .map(|(section, text, skip)| {
+                let section = file.section_by_name(section).unwrap();
+                let at = section.data().unwrap().windows(text.len()).position(|window| window == *text);
+                section.file_range().unwrap().0 as usize + at.unwrap() + skip
+            })
+            .collect()
+    };
+    for at in places {
+        bytes[at..at + name.len()].copy_from_slice(name);
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), bytes).unwrap();
+    file
+}
+
+#[test]
+fn a_driver_of_the_users_own_is_unloaded_by_its_own_name() {
+    let _one = machine();
+    let driver = of_another_name(b"hmm_mine");
+    let path = driver.path().to_str().unwrap();
+    let finished = run(["access", "--iterations", "1", "--driver", path, "--seed", "6"]);
+    finished.expect_status(0);
+    assert!(finished.results["module_texts"]["hmm_mine"].is_u64(), "{}", finished.results["module_texts"]);
 }
