@@ -26,8 +26,9 @@ pub fn memory(text: &str) -> Result<u64, String> {
     if bytes < 256 << 20 {
         return Err("a guest needs 256M at least".into());
     }
-    if bytes > 1 << 40 {
-        return Err("at most 1T".into());
+    // An emulated processor has addresses of 40 bits, of which the device's windows need some.
+    if bytes > 1 << 39 {
+        return Err("at most 512G".into());
     }
     if bytes % (2 << 20) != 0 {
         return Err("must be a multiple of 2M".into());
@@ -152,6 +153,8 @@ mod tests {
             assert!(size(bad).is_err(), "{bad}");
         }
         assert!(memory("1M").is_err());
+        assert!(memory("1T").is_err());
+        assert_eq!(memory("512G"), Ok(512 << 30));
         assert!(memory("257M").is_err());
         assert_eq!(memory("258M"), Ok(258 << 20));
     }
