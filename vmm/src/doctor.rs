@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::failure::Failure;
 use crate::machine::probe;
 use crate::process;
 use crate::provision::{self, Cache, KERNELS, QemuProgram};
@@ -148,10 +149,13 @@ fn kvm(usable: bool, why: String) -> Check {
 
 fn qemu(cache: &Cache) -> Check {
     const NAME: &str = "qemu";
-    if let Some(qemu) = QemuProgram::system() {
-        return Check::ok(NAME, format!("{} with vfio-user ({})", qemu.version, qemu.origin));
-    }
-    match provision::cached_qemu(cache) {
+    let qemu = match QemuProgram::named().transpose() {
+        Err(Failure { what, remedy, .. }) => {
+            return Check::missing(NAME, what, remedy.unwrap_or_default());
+        }
+        Ok(named) => named.or_else(QemuProgram::system).or_else(|| provision::cached_qemu(cache)),
+    };
+    match qemu {
         Some(qemu) => Check::ok(NAME, format!("{} with vfio-user ({})", qemu.version, qemu.origin)),
         None => Check::note(
             NAME,

@@ -42,6 +42,19 @@ impl QemuProgram {
         command
     }
 
+    /// That of `$HMM_TESTBENCH_QEMU`, if it names one.
+    #[must_use]
+    pub(crate) fn named() -> Option<Result<Self>> {
+        let path = std::env::var_os("HMM_TESTBENCH_QEMU").filter(|value| !value.is_empty())?;
+        let shown = Path::new(&path).display().to_string();
+        Some(Self::plain(path.into(), shown.clone()).ok_or_else(|| {
+            Failure::environment(format!("HMM_TESTBENCH_QEMU is {shown}, which is no QEMU with {DEVICE}"))
+                .remedy(
+                    "unset it to let the testbench fetch a QEMU of its own, or name a QEMU of 10.1 or later",
+                )
+        }))
+    }
+
     /// The system's QEMU if it has vfio-user.
     #[must_use]
     pub fn system() -> Option<Self> {
@@ -116,14 +129,8 @@ pub(crate) fn cached(cache: &Cache) -> Option<QemuProgram> {
 }
 
 pub(super) fn provide(cache: &Cache, events: &Arc<dyn EventSink>) -> Result<QemuProgram> {
-    if let Some(path) = std::env::var_os("HMM_TESTBENCH_QEMU").filter(|value| !value.is_empty()) {
-        let shown = Path::new(&path).display().to_string();
-        return QemuProgram::plain(path.into(), shown.clone()).ok_or_else(|| {
-            Failure::environment(format!("HMM_TESTBENCH_QEMU is {shown}, which is no QEMU with {DEVICE}"))
-                .remedy(
-                    "unset it to let the testbench fetch a QEMU of its own, or name a QEMU of 10.1 or later",
-                )
-        });
+    if let Some(named) = QemuProgram::named() {
+        return named;
     }
     if let Some(qemu) = QemuProgram::system() {
         return Ok(qemu);
