@@ -31,7 +31,17 @@ fn what_is_wrong_is_refused_by_name() {
         (&["run", "--seed", "abc"], "--seed"),
         (&["run", "--patch", "/nonexistent.patch"], "/nonexistent.patch"),
         (&["run", "--driver", "/nonexistent.ko"], "/nonexistent.ko"),
+        (&["run", "--driver", "/"], "not a regular file"),
+        (&["run", "--patch", "/"], "not a regular file"),
         (&["run", "--add", "/nonexistent:/x"], "/nonexistent"),
+        (&["run", "--add", "/dev/null"], "neither a file nor a folder"),
+        // Nothing is fetched or built to find these out.
+        (&["run", "--kernel", "no-such-kernel"], "backports"),
+        (&["run", "--kernel", "/"], "not a built kernel tree"),
+        (&["run", "--driver", file], "not a kernel module"),
+        (&["run", "--patch", file], "not a patch"),
+        (&["provision", "--kernel", "no-such-kernel"], "backports"),
+        (&["provision", "--kernel", "/etc/passwd"], "not an x86-64 Linux kernel"),
         (&["run", "--exec", " "], "--exec"),
         (&["run", "--out", file], "not a folder"),
         (&["run", "--format", "xml"], "human"),
@@ -132,6 +142,23 @@ fn a_failure_is_an_object_in_json_lines() {
         assert!(value["event"].is_string(), "{line}");
     }
     assert!(stdout.contains("not a folder"));
+}
+
+#[test]
+fn a_qemu_that_was_named_and_is_none_is_seen_by_doctor_too() {
+    for arguments in [&["doctor"][..], &["run", "access"]] {
+        let cache = tempfile::tempdir().unwrap();
+        let output = Command::cargo_bin("hmm-testbench")
+            .unwrap()
+            .args(arguments)
+            .env("HMM_TESTBENCH_CACHE", cache.path())
+            .env("HMM_TESTBENCH_QEMU", "/bin/true")
+            .output()
+            .unwrap();
+        let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
+        assert_eq!(output.status.code(), Some(4), "{text}");
+        assert!(text.contains("HMM_TESTBENCH_QEMU is /bin/true"), "{text}");
+    }
 }
 
 #[test]

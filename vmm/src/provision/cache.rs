@@ -150,6 +150,10 @@ impl Cache {
                 Failure::environment(format!("{doing}: {error} (cache folder {})", self.root.display()))
                     .remedy("make it writable, or set HMM_TESTBENCH_CACHE to another folder")
             }
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+                Failure::environment(format!("{doing}: {error} (cache folder {})", self.root.display()))
+                    .remedy("set HMM_TESTBENCH_CACHE to a folder that can be made")
+            }
             _ => Failure::environment(format!("{doing}: {error} (cache folder {})", self.root.display())),
         }
     }

@@ -147,12 +147,26 @@ impl Kernel {
 }
 
 pub(super) fn provide(cache: &Cache, events: &Arc<dyn EventSink>, name_or_tree: &str) -> Result<Kernel> {
-    if let Some(named) = KERNELS.iter().find(|kernel| kernel.name == name_or_tree) {
-        return match named.origin {
+    match named(name_or_tree) {
+        None => from_path(name_or_tree),
+        Some(named) => match named.origin {
             Origin::Debian { suite, backports } => debian_kernel(cache, events, named, suite, backports),
             Origin::Built(flavour) => from_item(named, built::provide(cache, events, flavour)?),
-        };
+        },
     }
+}
+
+/// Sees whether there can be such a kernel, before anything is fetched or built for it.
+pub(super) fn look(name_or_tree: &str) -> Result<()> {
+    if named(name_or_tree).is_some() { Ok(()) } else { from_path(name_or_tree).map(drop) }
+}
+
+fn named(name: &str) -> Option<&'static NamedKernel> {
+    KERNELS.iter().find(|kernel| kernel.name == name)
+}
+
+/// The kernel of a tree that the user named, or why that is none.
+fn from_path(name_or_tree: &str) -> Result<Kernel> {
     let path = Path::new(name_or_tree);
     let tree = || name_or_tree.to_owned();
     if path.is_dir() {

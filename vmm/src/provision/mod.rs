@@ -24,7 +24,7 @@ pub use cache::{Cache, Item, Made, Manifest, Partial, Wanted};
 pub(crate) use kernel::cached as cached_kernels;
 pub use kernel::{KERNELS, Kernel, NamedKernel};
 pub(crate) use modfile::module_name;
-pub use modfile::{ModuleInfo, check_module};
+pub use modfile::{ModuleInfo, check_module, is_module};
 pub use modules::Modules;
 pub use qemu::QemuProgram;
 pub(crate) use qemu::cached as cached_qemu;
@@ -63,6 +63,15 @@ impl Provisioner {
     #[must_use]
     pub fn cache(&self) -> &Cache {
         &self.cache
+    }
+
+    /// Sees whether what the user named can be it, before anything is fetched or built: kernels by name or tree, patches.
+    ///
+    /// # Errors
+    /// Usage, saying what is wrong with it.
+    pub fn look(&self, kernels: &[String], patches: &[PathBuf]) -> Result<()> {
+        kernels.iter().try_for_each(|kernel| kernel::look(kernel))?;
+        modules::look(patches)
     }
 
     /// A QEMU with vfio-user: the system's if it has it, else a private one.
@@ -110,6 +119,7 @@ impl Provisioner {
     /// # Errors
     /// The first failure, after everything begun has ended.
     pub fn everything(&self, kernels: &[String], patches: &[PathBuf]) -> Result<Provisioned> {
+        self.look(kernels, patches)?;
         // Each thread forks and awaits its own children: they die with the thread that started them (process.rs).
         std::thread::scope(|scope| {
             let qemu = scope.spawn(|| self.qemu());

@@ -27,13 +27,21 @@ impl ModuleInfo {
     }
 }
 
+/// Checks that a file is a kernel module, for whichever kernel.
+///
+/// # Errors
+/// Usage, saying what it is instead.
+pub fn is_module(file: &Path) -> Result<ModuleInfo> {
+    parse(&read_input("the module", file)?)
+        .map_err(|why| Failure::usage(format!("{} is not a kernel module: {why}", file.display())))
+}
+
 /// Checks that a file is a kernel module for this kernel.
 ///
 /// # Errors
 /// Usage, saying what it is instead.
 pub fn check_module(file: &Path, kernel: &Kernel) -> Result<ModuleInfo> {
-    let info = parse(&read_input("the module", file)?)
-        .map_err(|why| Failure::usage(format!("{} is not a kernel module: {why}", file.display())))?;
+    let info = is_module(file)?;
     if info.release() != kernel.release {
         return Err(Failure::usage(format!(
             "{} was built for kernel {}, but the guest's is {}",

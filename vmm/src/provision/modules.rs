@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -111,6 +112,8 @@ fn add_toolchain(hash: &mut Hash, kernel: &Kernel) -> Result<()> {
             for file in ["Module.symvers", "include/generated/autoconf.h", "include/config/kernel.release"] {
                 hash.add(read_input("the kernel tree's", &tree.join(file))?);
             }
+            // A structure that has grown in a header shows in none of these; but whatever was compiled, the image was linked anew.
+            hash.add(stamp(&kernel.packed)?);
             for (program, package) in [("gcc", "gcc"), ("make", "make")] {
                 let output = process::die_with_parent(Command::new(program).arg("--version"))
                     .output()
@@ -126,6 +129,13 @@ fn add_toolchain(hash: &mut Hash, kernel: &Kernel) -> Result<()> {
         Build::Nowhere => return Err(sandbox::nowhere(kernel)),
     }
     Ok(())
+}
+
+/// Which build of a tree an image is from.
+fn stamp(image: &Path) -> Result<String> {
+    let cannot = |error| Failure::usage(format!("cannot read {}: {error}", image.display()));
+    let meta = fs::metadata(image).map_err(cannot)?;
+    Ok(format!("{} {}.{}", meta.len(), meta.mtime(), meta.mtime_nsec()))
 }
 
 #[allow(clippy::too_many_arguments, reason = "one caller; a struct would only rename them")]
@@ -223,14 +233,15 @@ fn explain(cache: &Cache, module: Module, kernel: &Kernel, log: &str, hash: &str
     .remedy(kept)
 }
 
-/// A line of the compiler's with paths as the user knows them: newer kernels name files relative to the module's directory.
+/// A line of the compiler's with paths as the user knows them: newer kernels name files relative to the module's directory, all
+/// name their own relative to theirs.
 fn readable(line: &str, module: Module) -> String {
     if let Some(at) = line.find("/guest/") {
         let start = line[..at].rfind(char::is_whitespace).map_or(0, |space| space + 1);
         return format!("{}{}", &line[..start], &line[at + 1..]);
     }
     match line.split(':').next() {
-        Some(file) if is_source(Path::new(file)) && !file.starts_with('/') => {
+        Some(file) if is_source(Path::new(file)) && !file.starts_with(['/', '.']) => {
             format!("guest/{}/{line}", module.dir)
         }
         _ => line.to_owned(),
@@ -252,30 +263,63 @@ fn copy_sources(from: &Path, to: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Applies one patch, made relative to the driver's directory with one leading component (`-p1`).
-fn apply(cache: &Cache, patch: &Path, diff: &[u8], dir: &Path, partial: &mut Partial) -> Result<()> {
-    let name = patch.display();
-    if !diff.starts_with(b"--- ") && !diff.windows(5).any(|window| window == b"\n--- ") {
-        return Err(Failure::usage(format!("{name} is not a patch: no line begins with '--- '")));
+/// Sees whether patches can be what they are said to be, before anything is fetched or compiled for them: all are patches, and
+/// the first applies. The others go onto a copy that it has changed.
+pub(super) fn look(patches: &[PathBuf]) -> Result<()> {
+    for patch in patches {
+        is_patch(patch, &read_input("the patch", patch)?)?;
     }
-    // Under a name of our own, from the bytes that were hashed.
-    let copy = partial.path.join("patch.diff");
-    fs::write(&copy, diff).map_err(|e| cache.trouble("copying the patch", &e))?;
-    let mut command = if let Some(program) = process::find_program("patch") {
+    let Some(first) = patches.first() else { return Ok(()) };
+    let file = std::path::absolute(first).unwrap_or_else(|_| first.clone());
+    let mut command = patching(&file, true)?;
+    let done =
+        process::run(command.current_dir(source_tree()?.join("guest").join(DRIVER.dir)), None, &mut |_| {})
+            .map_err(|e| Failure::environment(format!("cannot run patch: {e}")))?;
+    if done.status.success() { Ok(()) } else { Err(does_not_apply(first, &done.tail)) }
+}
+
+fn is_patch(patch: &Path, diff: &[u8]) -> Result<()> {
+    if diff.starts_with(b"--- ") || diff.windows(5).any(|window| window == b"\n--- ") {
+        return Ok(());
+    }
+    Err(Failure::usage(format!("{} is not a patch: no line begins with '--- '", patch.display())))
+}
+
+/// The command that applies a file to the directory it is started in, or only tries.
+fn patching(file: &Path, only_try: bool) -> Result<Command> {
+    if let Some(program) = process::find_program("patch") {
         let mut command = Command::new(program);
-        command.args(["-p1", "--batch", "--forward", "--no-backup-if-mismatch", "-r", "-", "-i"]).arg(&copy);
-        command
+        command.args(["-p1", "--batch", "--forward", "--no-backup-if-mismatch", "-r", "-"]);
+        command.args(only_try.then_some("--dry-run")).arg("-i").arg(file);
+        Ok(command)
     } else if let Some(program) = process::find_program("git") {
         let mut command = Command::new(program);
         // Not as part of a repository that may happen to be around the cache.
-        command.env("GIT_DIR", "/nonexistent").args(["apply", "-p1"]).arg(&copy);
-        command
+        command.env("GIT_DIR", "/nonexistent").args(["apply", "-p1"]);
+        command.args(only_try.then_some("--check")).arg(file);
+        Ok(command)
     } else {
-        return Err(Failure::environment(
-            "neither patch nor git is installed; one is needed to apply a patch",
-        )
-        .remedy("apt-get install patch"));
-    };
+        Err(Failure::environment("neither patch nor git is installed; one is needed to apply a patch")
+            .remedy("apt-get install patch"))
+    }
+}
+
+fn does_not_apply(patch: &Path, said: &str) -> Failure {
+    Failure::usage(format!(
+        "{} does not apply to guest/driver:\n    {}",
+        patch.display(),
+        last_lines(said, 6).join("\n    ")
+    ))
+    .remedy("paths in it are relative to guest/driver with one leading component, as in a/main.c")
+}
+
+/// Applies one patch, made relative to the driver's directory with one leading component (`-p1`).
+fn apply(cache: &Cache, patch: &Path, diff: &[u8], dir: &Path, partial: &mut Partial) -> Result<()> {
+    is_patch(patch, diff)?;
+    // Under a name of our own, from the bytes that were hashed.
+    let copy = partial.path.join("patch.diff");
+    fs::write(&copy, diff).map_err(|e| cache.trouble("copying the patch", &e))?;
+    let mut command = patching(&copy, false)?;
     let done = process::run(command.current_dir(dir), Some(&partial.guard), &mut |_| {})
         .map_err(|e| cache.trouble("cannot run patch", &e))?;
     let _ = fs::remove_file(&copy);
@@ -285,16 +329,44 @@ fn apply(cache: &Cache, patch: &Path, diff: &[u8], dir: &Path, partial: &mut Par
     if done.tail.contains("No space left on device") {
         return Err(cache.disk_full("applying a patch"));
     }
-    Err(Failure::usage(format!(
-        "{name} does not apply to guest/driver:\n    {}",
-        last_lines(&done.tail, 6).join("\n    ")
-    ))
-    .remedy("paths in it are relative to guest/driver with one leading component, as in a/main.c"))
+    Err(does_not_apply(patch, &done.tail))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::failure::FailureKind;
+
+    #[test]
+    fn a_tree_that_was_built_again_is_another_one() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let before = stamp(image.path()).unwrap();
+        assert_eq!(stamp(image.path()).unwrap(), before);
+        let later = image.as_file().metadata().unwrap().modified().unwrap() + Duration::from_millis(1);
+        image.as_file().set_modified(later).unwrap();
+        assert_ne!(stamp(image.path()).unwrap(), before);
+        assert!(stamp(Path::new("/nonexistent")).is_err());
+    }
+
+    #[test]
+    fn what_is_no_patch_or_does_not_apply_is_seen_without_a_kernel() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            fs::write(&path, text).unwrap();
+            path
+        };
+        let good = source_tree().unwrap().join("guest/mutants/last-page.patch");
+        let bad = file("bad", "--- a/main.c\n+++ b/main.c\n@@ -1 +1 @@\n-nobody wrote this\n+x\n");
+        let none = file("none", "hello\n");
+        look(&[]).unwrap();
+        look(&[good.clone(), bad.clone()]).unwrap(); // Who knows what the first leaves of main.c.
+        assert!(look(std::slice::from_ref(&bad)).unwrap_err().what.contains("does not apply"));
+        assert!(look(&[good, none]).unwrap_err().what.contains("is not a patch"));
+        assert_eq!(look(&[dir.path().join("nothing")]).unwrap_err().kind, FailureKind::Usage);
+    }
 
     #[test]
     fn compilers_lines_name_files_as_the_user_knows_them() {
@@ -302,6 +374,7 @@ mod tests {
             ("/tmp/guest/driver/main.c:7:1: error: x", "guest/driver/main.c:7:1: error: x"),
             ("/tmp/build-1-0/guest/driver/main.c:7:1: error: x", "guest/driver/main.c:7:1: error: x"),
             ("main.c:7:1: error: x", "guest/driver/main.c:7:1: error: x"),
+            ("./include/linux/hmm.h:7:1: error: x", "./include/linux/hmm.h:7:1: error: x"),
             ("In file included from /tmp/guest/driver/a.h:1", "In file included from guest/driver/a.h:1"),
             ("ERROR: modpost: \"x\" undefined!", "ERROR: modpost: \"x\" undefined!"),
         ] {

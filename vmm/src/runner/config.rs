@@ -108,15 +108,18 @@ impl RunConfig {
             args.driver.iter().map(|p| ("--driver", p)).chain(args.patch.iter().map(|p| ("--patch", p)))
         {
             if !path.is_file() {
-                return Err(Failure::usage(format!("{option} {}: there is no such file", path.display())));
+                let what = if path.exists() { "is not a regular file" } else { "there is no such file" };
+                return Err(Failure::usage(format!("{option} {}: {what}", path.display())));
             }
         }
         for add in &args.add {
-            if !add.host.exists() {
-                return Err(Failure::usage(format!(
-                    "--add {}: there is no such file or folder",
-                    add.host.display()
-                )));
+            if !add.host.is_file() && !add.host.is_dir() {
+                let what = if add.host.exists() {
+                    "is neither a file nor a folder"
+                } else {
+                    "there is no such file or folder"
+                };
+                return Err(Failure::usage(format!("--add {}: {what}", add.host.display())));
             }
         }
         if args.mirror_policy.is_some() && args.backend != BackendName::Mirror {

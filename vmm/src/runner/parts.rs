@@ -19,7 +19,7 @@ use crate::cli::units::show_size;
 use crate::event::EventSink;
 use crate::failure::{Failure, Result};
 use crate::initramfs::Initramfs;
-use crate::provision::{Cache, Kernel, Modules, Provisioner, QemuProgram, check_module};
+use crate::provision::{Cache, Kernel, Modules, Provisioner, QemuProgram, check_module, is_module};
 
 /// The parts.
 #[derive(Clone, Debug)]
@@ -59,6 +59,14 @@ pub fn gather(config: &RunConfig, events: Arc<dyn EventSink>, interrupted: &Atom
 
 fn provide(provisioner: &Provisioner, config: &RunConfig) -> Result<Parts> {
     let emulated = config.machine == MachineName::Qemu || config.nested;
+    // Nobody waits for a download to be told that a name is wrong.
+    provisioner.look(std::slice::from_ref(&config.kernel), &config.patches)?;
+    if let Some(driver) = &config.driver {
+        is_module(driver)?;
+    }
+    if let Some(qemu) = emulated.then(QemuProgram::named).flatten() {
+        qemu?;
+    }
     std::thread::scope(|scope| {
         let qemu = emulated.then(|| scope.spawn(|| provisioner.qemu()));
         let agent = scope.spawn(|| provisioner.agent());
