@@ -81,7 +81,8 @@ impl Device {
     fn context_command(&self, command: &Command) -> Effect {
         let op = op_name(command.op);
         let [arg0, arg1, arg2, arg3, _] = command.arg;
-        let named = self.named(op, Handle(command.ctx))?;
+        let va = (command.op == OP_INVALIDATE).then_some(arg0);
+        let named = self.named(op, Handle(command.ctx), va)?;
         match command.op {
             OP_CTX_SET_ROOT => self.set_root(op, &named, Handle(arg0)),
             OP_CTX_RELEASE => self.release(&named),
@@ -100,14 +101,15 @@ impl Device {
         }
     }
 
-    fn named(&self, op: &'static str, ctx: Handle) -> Result<Named<'_>, u32> {
+    /// The context that a command names, which is one for an address if it has one.
+    fn named(&self, op: &'static str, ctx: Handle, va: Option<u64>) -> Result<Named<'_>, u32> {
         let context = self.contexts.get(ctx.index() as usize);
         if let Some(context) = context {
             if let Some(state) = context.state_of(ctx) {
                 return Ok(Named { context, ctx, state });
             }
         }
-        self.bad_handle(op, ctx, context.is_some_and(|context| context.issued_before(ctx)), None, None);
+        self.bad_handle(op, ctx, context.is_some_and(|context| context.issued_before(ctx)), None, va);
         Err(STATUS_BAD_HANDLE)
     }
 

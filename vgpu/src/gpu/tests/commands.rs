@@ -67,6 +67,19 @@ fn a_context_goes_from_free_to_free() {
 }
 
 #[test]
+fn what_is_invalidated_after_unbind_is_told_with_its_address() {
+    let rig = rig();
+    let ctx = rig.bind().ctx;
+    rig.ok(OP_CTX_RELEASE, ctx, [0; 5]);
+    rig.ok(OP_CTX_UNBIND, ctx, [0; 5]);
+    assert_eq!(rig.run(OP_INVALIDATE, ctx, [VA, VA + 0xfff, 0, 0, 0]).0, STATUS_BAD_HANDLE);
+    let violations = rig.oracle.violations();
+    // The first is of the tables that it has left behind.
+    let found = violations.last().map(|v| (v.rule.name(), v.context, v.address));
+    assert_eq!(found, Some(("unregister/touch", Some(ctx.0), Some(VA))));
+}
+
+#[test]
 fn an_unbind_takes_back_what_was_left() {
     let rig = rig();
     for _ in 0..20 {
