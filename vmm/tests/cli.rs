@@ -34,6 +34,7 @@ fn what_is_wrong_is_refused_by_name() {
         (&["run", "--driver", "/"], "not a regular file"),
         (&["run", "--patch", "/"], "not a regular file"),
         (&["run", "--add", "/nonexistent:/x"], "/nonexistent"),
+        (&["run", "--add", "/etc/hosts", "--add", "/etc/passwd:/add/hosts"], "two are to be /add/hosts"),
         (&["run", "--add", "/dev/null"], "neither a file nor a folder"),
         // Nothing is fetched or built to find these out.
         (&["run", "--kernel", "no-such-kernel"], "backports"),

@@ -112,7 +112,11 @@ impl RunConfig {
                 return Err(Failure::usage(format!("{option} {}: {what}", path.display())));
             }
         }
-        for add in &args.add {
+        for (index, add) in args.add.iter().enumerate() {
+            if args.add[..index].iter().any(|other| other.guest == add.guest) {
+                return Err(Failure::usage(format!("--add: two are to be {} in the guest", add.guest))
+                    .remedy("say where one of them goes, as in --add HOST:/GUEST"));
+            }
             if !add.host.is_file() && !add.host.is_dir() {
                 let what = if add.host.exists() {
                     "is neither a file nor a folder"
