@@ -34,6 +34,7 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("range-outlives-release", include_str!("scenarios/range-outlives-release.toml")),
     ("range-holds-mm", include_str!("scenarios/range-holds-mm.toml")),
     ("reclaim-under-invalidate", include_str!("scenarios/reclaim-under-invalidate.toml")),
+    ("reclaim-under-release", include_str!("scenarios/reclaim-under-release.toml")),
 ];
 
 /// The names of all scenarios.

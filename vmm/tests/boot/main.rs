@@ -11,5 +11,6 @@ mod lost;
 mod mutants;
 mod nested;
 mod paths;
+mod seed;
 mod support;
 mod vfio;
