@@ -215,3 +215,9 @@ proptest! {
         prop_assert!(serial_for_fuzzing(&bytes).is_ok());
     }
 }
+
+/// Found by the fuzzer: more keys than port and socket hold, and nobody who takes them.
+#[test]
+fn a_guest_that_takes_no_keys_holds_nobody_up() {
+    assert!(serial_for_fuzzing(&[0x08, b'x'].repeat(512)).is_ok());
+}
