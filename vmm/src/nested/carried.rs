@@ -23,6 +23,7 @@ use crate::machine::{ConsoleSink, Machine, MachineConfig, MachineExit};
 use crate::provision::Kernel;
 use crate::runner::RunConfig;
 use crate::runner::parts::Parts;
+use crate::runner::untrusted;
 
 /// How often a waiting caller looks.
 const TICK: Duration = Duration::from_millis(10);
@@ -92,7 +93,10 @@ fn listen(mut line: UnixStream, mut console: ConsoleSink, said: &Mutex<Said>) {
         said.heard = Instant::now();
         match frame {
             Frame::Hello(_) => said.hello = true,
-            Frame::Exit(exit) => said.exit = Some(*exit),
+            Frame::Exit(mut exit) => {
+                untrusted::tame_exit(&mut exit);
+                said.exit = Some(*exit);
+            }
             _ => {}
         }
     }

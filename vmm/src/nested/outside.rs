@@ -36,8 +36,9 @@ const CMDLINE: &str = "console=ttyS0 loglevel=5 printk.time=1 panic=-1 oops=pani
      random.trust_cpu=on watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60 tsc=reliable";
 /// Memory of the outer guest beside the inner guest's and its own files.
 const OUTER_BYTES: u64 = 512 << 20;
-/// How much can be said before the sayer waits.
-const QUEUE: usize = 1024;
+/// How many frames can be said before the sayer waits. Each can be as long as its kind allows, and is several times as large
+/// here.
+const QUEUE: usize = 64;
 const TICK: Duration = Duration::from_millis(100);
 /// Host time until the outer guest's PID 1 says hello.
 pub(super) const BOOT: Duration = Duration::from_secs(180);
@@ -403,7 +404,9 @@ impl Following<'_> {
             }
             (Frame::Trace(bytes), true) => self.trace(&bytes)?,
             (Frame::Results(mut theirs), true) => {
-                if let Err(why) = plausible(self.outside.config, &theirs) {
+                let told = !self.violations.is_empty() && theirs.verdict == Verdict::Clean;
+                let sound = plausible(self.outside.config, &theirs);
+                if let Err(why) = if told { Err("a violation was told before") } else { sound } {
                     return Err(Lost::Outer(format!("its results cannot be this run's: {why}")));
                 }
                 untrusted::tame_results(&mut theirs);
@@ -517,7 +520,7 @@ impl Following<'_> {
 /// Whether results from inside can be those of this run.
 fn plausible(config: &RunConfig, theirs: &Results) -> Result<(), &'static str> {
     let status = match theirs.verdict {
-        Verdict::Clean => theirs.exit_status == 0 && theirs.violations.is_empty(),
+        Verdict::Clean => theirs.exit_status == 0 && theirs.violations.is_empty() && theirs.error.is_none(),
         Verdict::Violation => theirs.exit_status == 1,
         Verdict::Inconclusive => theirs.exit_status == 3,
         Verdict::Error => theirs.error.is_some() && matches!(theirs.exit_status, 2 | 4),
@@ -534,23 +537,65 @@ fn plausible(config: &RunConfig, theirs: &Results) -> Result<(), &'static str> {
 
 /// Takes over what was found out inside; what was chosen outside stays.
 fn adopt(results: &mut Results, theirs: Results) -> Result<()> {
-    results.verdict = theirs.verdict;
-    results.exit_status = theirs.exit_status;
-    results.reasons = theirs.reasons;
-    results.machine_version = theirs.machine_version;
-    results.kernel = theirs.kernel;
-    results.workloads = theirs.workloads;
-    results.exec_status = theirs.exec_status;
-    results.counters = theirs.counters;
-    results.violations = theirs.violations;
-    results.allowed = theirs.allowed;
-    results.allow_unneeded = theirs.allow_unneeded;
-    results.boot_complaints = theirs.boot_complaints;
-    results.notes.extend(theirs.notes);
-    results.module_texts = theirs.module_texts;
-    results.console_tail = theirs.console_tail;
-    results.boot_seconds = theirs.boot_seconds;
-    let Some(error) = theirs.error else { return Ok(()) };
+    // Every field is named, so that a new one is decided on.
+    let Results {
+        schema_version: _,
+        version: _,
+        command: _,
+        verdict,
+        exit_status,
+        reasons,
+        machine: _,
+        nested: _,
+        machine_version,
+        accel: _,
+        accel_reason: _,
+        kernel,
+        kernel_name: _,
+        backend: _,
+        policy: _,
+        driver: _,
+        patches: _,
+        seed: _,
+        cpus: _,
+        memory_bytes: _,
+        nodes: _,
+        atomics: _,
+        oracle: _,
+        workloads,
+        exec_status,
+        scenario,
+        counters,
+        violations,
+        allowed,
+        allow_unneeded,
+        boot_complaints,
+        notes,
+        module_texts,
+        error,
+        console_tail,
+        boot_seconds,
+        seconds: _,
+        started: _,
+    } = theirs;
+    results.verdict = verdict;
+    results.exit_status = exit_status;
+    results.reasons = reasons;
+    results.machine_version = machine_version;
+    results.kernel = kernel;
+    results.workloads = workloads;
+    results.exec_status = exec_status;
+    results.scenario = scenario;
+    results.counters = counters;
+    results.violations = violations;
+    results.allowed = allowed;
+    results.allow_unneeded = allow_unneeded;
+    results.boot_complaints = boot_complaints;
+    results.notes.extend(notes);
+    results.module_texts = module_texts;
+    results.console_tail = console_tail;
+    results.boot_seconds = boot_seconds;
+    let Some(error) = error else { return Ok(()) };
     let kind = match error.kind.as_str() {
         "usage" => FailureKind::Usage,
         "environment" => FailureKind::Environment,
@@ -564,6 +609,7 @@ fn adopt(results: &mut Results, theirs: Results) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gates::engine::ScenarioResult;
     use crate::report::results::ErrorRecord;
     use crate::report::results::tests::sample;
 
@@ -588,6 +634,16 @@ mod tests {
         assert_eq!(refused(&|r| r.verdict = Verdict::Clean), "verdict and exit status disagree");
         assert_eq!(refused(&|r| r.schema_version = 0), "another version of the form");
         assert_eq!(refused(&|r| r.machine = "kvm".into()), "another machine");
+    }
+
+    #[test]
+    fn what_came_of_a_scenario_arrives() {
+        let (_, mut theirs) = theirs();
+        let scenario = ScenarioResult { name: "one".into(), repetitions: 3, ..ScenarioResult::default() };
+        theirs.scenario = Some(scenario.clone());
+        let mut ours = sample();
+        adopt(&mut ours, theirs).unwrap();
+        assert_eq!(ours.scenario, Some(scenario));
     }
 
     #[test]

@@ -5,10 +5,15 @@ use guest_protocol::{Case, Message};
 use vgpu::oracle::Violation;
 
 use super::story::is_mover;
+use crate::machine::MachineExit;
 use crate::report::results::Results;
 
 /// Longest name or sentence kept, in characters.
 const MAX_TEXT: usize = 8192;
+/// Most events of a violation that are kept, many more than the oracle tells.
+const MAX_EVENTS: usize = 4096;
+/// Most lines of a machine's last words: registers of eight processors, seven lines each.
+const MAX_LAST_WORDS: usize = 100;
 /// Longest time that a guest can have measured, in seconds: thirty years.
 const MAX_SECONDS: f64 = 1e9;
 
@@ -44,6 +49,9 @@ pub(crate) fn tame(message: &mut Message) {
 /// The same for a violation that another testbench, in an outer guest, reports.
 pub(crate) fn tame_violation(violation: &mut Violation) {
     tame_text(&mut violation.summary);
+    violation.events.truncate(MAX_EVENTS);
+    // The room of those that are not kept was theirs to choose.
+    violation.events.shrink_to_fit();
     let others = [&mut violation.context_name, &mut violation.replay, &mut violation.allowed];
     others.into_iter().flatten().chain(&mut violation.events).for_each(tame_text);
 }
@@ -65,6 +73,10 @@ pub(crate) fn tame_results(results: &mut Results) {
         workload.movers.retain(|name, _| is_mover(name));
         tame_seconds(&mut workload.seconds);
     }
+    if let Some(scenario) = &mut results.scenario {
+        let lines = scenario.story.iter_mut().flat_map(|line| [&mut line.who, &mut line.what]);
+        lines.chain([&mut scenario.name]).chain(&mut scenario.order).for_each(tame_text);
+    }
     if let Some(error) = &mut results.error {
         tame_text(&mut error.message);
         error.remedy.iter_mut().for_each(tame_text);
@@ -73,6 +85,16 @@ pub(crate) fn tame_results(results: &mut Results) {
         [&mut results.reasons, &mut results.boot_complaints, &mut results.notes, &mut results.console_tail];
     lists.into_iter().flatten().chain(&mut results.machine_version).for_each(tame_text);
     tame_text(&mut results.kernel);
+}
+
+/// And for how a machine that it carried ended: a line, and some lines of last words.
+pub(crate) fn tame_exit(exit: &mut MachineExit) {
+    if let MachineExit::Died { status, stderr_tail } = exit {
+        tame_text(status);
+        let lines: Vec<_> =
+            stderr_tail.lines().take(MAX_LAST_WORDS).map(|line| printable(line, MAX_TEXT)).collect();
+        *stderr_tail = lines.join("\n");
+    }
 }
 
 /// The text without control characters, at most `most` characters of it.
@@ -96,6 +118,7 @@ mod tests {
     use guest_protocol::Outcome;
 
     use super::*;
+    use crate::gates::engine::{Line, ScenarioResult};
 
     #[test]
     fn results_of_another_testbench_are_tamed_too() {
@@ -108,6 +131,9 @@ mod tests {
         results.workloads[0].name.clone_from(&bad);
         results.workloads[0].seconds = f64::MAX;
         results.workloads[0].movers.insert(bad.clone(), 1);
+        let line = Line { beat: 1, who: bad.clone(), what: bad.clone() };
+        results.scenario =
+            Some(ScenarioResult { order: Some(bad.clone()), story: vec![line], ..Default::default() });
         tame_results(&mut results);
         let text = serde_json::to_string(&results).unwrap();
         assert!(!text.contains("u001b"), "{text}");
@@ -116,6 +142,21 @@ mod tests {
         violation.events.push(bad);
         tame_violation(&mut violation);
         assert_eq!((violation.summary.as_str(), violation.events[0].as_str()), (" [2J", " [2J"));
+        violation.events = vec![String::new(); 100_000];
+        tame_violation(&mut violation);
+        assert_eq!(violation.events.len(), MAX_EVENTS);
+    }
+
+    #[test]
+    fn a_carried_machines_last_words_are_lines_of_text() {
+        let bad = "\u{1b}[2Jbad";
+        let mut exit =
+            MachineExit::Died { status: bad.into(), stderr_tail: format!("{bad}\nRIP\n").repeat(1000) };
+        tame_exit(&mut exit);
+        let MachineExit::Died { status, stderr_tail } = exit else { panic!() };
+        assert_eq!(status, " [2Jbad");
+        assert_eq!(stderr_tail.lines().take(2).collect::<Vec<_>>(), [" [2Jbad", "RIP"]);
+        assert_eq!(stderr_tail.lines().count(), MAX_LAST_WORDS);
     }
 
     #[test]
