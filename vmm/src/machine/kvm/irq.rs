@@ -60,10 +60,17 @@ impl Routes {
 
     fn set(&self, number: u32, message: Message) -> io::Result<()> {
         let mut table = self.table.lock();
-        if table.messages.insert(number, message) == Some(message) {
+        let old = table.messages.insert(number, message);
+        if old == Some(message) {
             return Ok(());
         }
-        self.host.route(&table.messages)
+        self.host.route(&table.messages).inspect_err(|_| {
+            // It would be refused with every other number's, and taken for routed when it is set again.
+            match old {
+                Some(old) => table.messages.insert(number, old),
+                None => table.messages.remove(&number),
+            };
+        })
     }
 }
 

@@ -10,7 +10,7 @@ use super::super::host::Message;
 use super::super::layout::ECAM;
 use super::super::memory::GuestRam;
 use super::super::rig::{
-    BAR0 as BAR0_BYTES, BAR2 as BAR2_BYTES, FakeHost, Rig, accesses_for_fuzzing, serial_for_fuzzing,
+    BAR0 as BAR0_BYTES, BAR2 as BAR2_BYTES, FakeHost, REFUSED, Rig, accesses_for_fuzzing, serial_for_fuzzing,
 };
 
 use crate::machine::FunctionSlot;
@@ -145,6 +145,27 @@ fn msix_waits_behind_its_mask() {
     place(&rig, ONE, 4, LOW);
     write(&rig, ONE + 4, 6);
     assert_eq!(read(&rig, LOW + 28), 1);
+}
+
+/// One that the hypervisor does not take harms no other vector, and is not taken for routed when the guest writes it again.
+#[test]
+fn a_refused_message_is_its_own_vectors_trouble() {
+    let rig = Rig::new().unwrap();
+    place(&rig, ONE, 4, LOW);
+    write(&rig, ONE + 4, 6);
+    write(&rig, ONE + 0xb0, 1 << 31);
+    write(&rig, LOW, REFUSED as u32);
+    for _ in 0..2 {
+        write(&rig, LOW + 12, 0);
+        rig.switches[0].raise(0);
+        assert_eq!((rig.host.signals(24), read(&rig, LOW + 0x800)), (0, 1));
+    }
+    write(&rig, LOW + 16, 0xfee0_0000);
+    write(&rig, LOW + 28, 0);
+    rig.switches[0].raise(1);
+    assert_eq!(rig.host.signals(25), 1, "the second vector works all the same");
+    write(&rig, LOW, 0xfee0_0000);
+    assert_eq!((rig.host.signals(24), read(&rig, LOW + 0x800)), (1, 0), "and so does the first, mended");
 }
 
 #[test]

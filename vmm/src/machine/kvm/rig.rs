@@ -32,6 +32,9 @@ pub(super) const VECTORS: u16 = 3;
 pub(super) const BAR0: u64 = 0x1_0000;
 pub(super) const BAR2: u64 = 0x10_0000;
 
+/// Address of a message that the hypervisor does not take.
+pub(super) const REFUSED: u64 = 0xdead_0000;
+
 /// What the hypervisor was asked for.
 #[derive(Default)]
 pub(super) struct FakeHost {
@@ -58,6 +61,9 @@ impl Host for FakeHost {
     fn route(&self, messages: &BTreeMap<u32, Message>) -> io::Result<()> {
         if messages.keys().any(|number| *number < PINS) {
             self.complain("a pin is routed as a message".into());
+        }
+        if messages.values().any(|message| message.address == REFUSED) {
+            return Err(io::ErrorKind::InvalidInput.into());
         }
         self.routes.lock().clone_from(messages);
         Ok(())
