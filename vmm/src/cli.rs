@@ -249,7 +249,7 @@ pub struct RunArgs {
     /// Guest kernel: a name of `list kernels`, or the folder of a built kernel tree
     #[arg(long, value_name = "NAME|TREE", default_value = DEFAULT_KERNEL)]
     pub kernel: String,
-    /// Virtual CPUs
+    /// Virtual CPUs; 8 at most with --machine kvm
     #[arg(long, value_name = "N", default_value_t = DEFAULT_CPUS, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub cpus: u32,
     /// NUMA nodes, among which memory and CPUs are shared out; 1 if not given, or 2 for the workload numa. Needs --machine qemu

@@ -18,7 +18,7 @@ use crate::failure::{Failure, Result};
 use crate::gates;
 use crate::gates::order::Order;
 use crate::gates::script::{Scenario, Script};
-use crate::machine::{Accel, node_bytes};
+use crate::machine::{Accel, kvm, node_bytes};
 
 /// What is to be run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -172,6 +172,14 @@ impl RunConfig {
             .remedy("give --machine kvm, with --nested where KVM runs no guests, and no --vfio"));
         }
         let nodes = nodes(&args, &workloads)?;
+        if args.machine == MachineName::Kvm && args.cpus > kvm::MOST_CPUS {
+            return Err(Failure::usage(format!(
+                "--cpus {}: the native machine has {} at most",
+                args.cpus,
+                kvm::MOST_CPUS
+            ))
+            .remedy("give --machine qemu, with --accel kvm --nested if KVM is wanted"));
+        }
         let vfio = args.vfio.as_deref().map(|text| Vfio::new(text, args.machine, args.nested)).transpose()?;
         Ok(Self {
             vfio,
@@ -389,6 +397,16 @@ mod tests {
         for wrong in ["access --machine kvm --nodes 2", "access --memory 256M --nodes 4"] {
             assert_eq!(config(wrong).unwrap_err().kind.exit_status(), 2, "{wrong}");
         }
+    }
+
+    #[test]
+    fn the_native_machine_has_eight_processors_at_most() {
+        for fine in ["access --machine kvm --nested --cpus 8", "access --cpus 9"] {
+            assert!(config(fine).is_ok(), "{fine}");
+        }
+        let failure = config("access --machine kvm --nested --cpus 9").unwrap_err();
+        assert_eq!(failure.kind.exit_status(), 2);
+        assert!(failure.what.contains("8 at most"), "{failure}");
     }
 
     #[test]

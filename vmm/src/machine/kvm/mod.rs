@@ -14,8 +14,8 @@
 //! | 4 GiB and up | the rest of the RAM |
 //! | 256 to 320 GiB | BARs, if the processor's addresses have 39 bits or more |
 //!
-//! Ports: 0x3f8 COM1, 0x64 and 0xcf9 reset, 0x600 sleep control (power-off), 0xcf8 to 0xcff configuration space. Anything else
-//! reads as all ones.
+//! Ports: 0x3f8 COM1, 0x64 and 0xcf9 reset, 0x600 sleep control (power-off), 0xcf8 to 0xcff configuration space, and the
+//! kernel's own (timer, interrupt controllers). Anything else reads as all ones.
 //!
 //! # Threads
 //!
@@ -102,7 +102,7 @@ use super::{Accel, FunctionSlot, Machine, MachineConfig, MachineExit};
 use crate::failure::{Failure, Result};
 
 /// Processors at most.
-const MOST_CPUS: u32 = 8;
+pub const MOST_CPUS: u32 = 8;
 /// What a processor is sent to make it look up, until it has.
 const KICK: Duration = Duration::from_millis(1);
 /// How long processors may take to show their registers.
