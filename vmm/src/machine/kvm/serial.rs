@@ -4,7 +4,7 @@
 //! A processor that writes puts the byte into a bounded queue; a thread of its own hands the queue to the console's sink, so
 //! that a slow sink stops the guest only when the queue is full. Keys come through a socket and wait for room in the port.
 //!
-//! Locks, in order: [`Serial::port`], then [`Queue::state`].
+//! Locks, in order: [`Serial::port`], then [`Queue::state`] or [`Room::full`].
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
