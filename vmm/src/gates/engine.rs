@@ -107,6 +107,8 @@ struct State {
     roles: BTreeMap<u32, Role>,
     open: Vec<Place>,
     step: usize,
+    /// How often a task went on from a gate that it was held at, or a repetition began or ended.
+    moves: u64,
     pause: Option<u64>,
     story: Vec<Line>,
     doubts: Vec<String>,
@@ -160,6 +162,12 @@ impl Engine {
     #[must_use]
     pub fn roles(&self) -> Vec<(u32, String)> {
         self.state.lock().roles.iter().map(|(pid, role)| (*pid, role.to_string())).collect()
+    }
+
+    /// A number that changes when something goes on: a task from where it was held, or the next repetition.
+    #[must_use]
+    pub fn moves(&self) -> u64 {
+        self.state.lock().moves
     }
 
     /// Why it is not certain that things went as the scenario has it.
@@ -225,9 +233,13 @@ impl Engine {
             // The workload's own: nobody is held by us.
             GateRecord::Armed { local: true, .. } => {}
             GateRecord::Reached { slot: Some(slot), .. } if state.repetition.is_none() => doors.open(slot),
-            GateRecord::Armed { iteration, sites, .. } => state.begin(iteration, sites, self.order.as_ref()),
+            GateRecord::Armed { iteration, sites, .. } => {
+                state.moves += 1;
+                state.begin(iteration, sites, self.order.as_ref());
+            }
             GateRecord::Disarmed { iteration } if state.repetition == Some(iteration) => {
-                self.end(state, doors)
+                state.moves += 1;
+                self.end(state, doors);
             }
             _ if state.repetition.is_none() => {}
             GateRecord::Disarmed { .. } => {}
@@ -253,6 +265,7 @@ impl Engine {
             }
             GateRecord::Passed { site, slot, why, role } => {
                 let decided = self.decides(state, site, role);
+                state.moves += u64::from(slot.is_some());
                 state.waiters.retain(|waiter| Some(waiter.slot) != slot);
                 state.passed.add(site, role);
                 state.tell(&who(role), format!("goes on from {}", self.site(site)));
@@ -473,12 +486,13 @@ impl State {
             Some(Order::Seed(seed)) => Chance::new(*seed, iteration),
             _ => Chance::default(),
         };
-        let (beats, begun, ended) = (self.beats, self.begun + 1, self.ended);
+        let (beats, begun, ended, moves) = (self.beats, self.begun + 1, self.ended, self.moves);
         let (doubts, kept) = (std::mem::take(&mut self.doubts), self.kept.take());
         *self = Self {
             beats,
             begun,
             ended,
+            moves,
             doubts,
             kept,
             repetition: Some(iteration),

@@ -12,6 +12,8 @@ pub const MAX_BYTES: usize = 64 * 1024;
 const LIMIT: u32 = 60;
 /// Longest that it may say: from then on faults count as unanswered.
 const MAX_LIMIT: u32 = 90;
+/// The same where a deadlock may come of it: the watchdog, which then waits 90 in all, is not to take a task that is held for a deadlock.
+const MAX_LIMIT_HANG: u32 = 75;
 /// Repetitions, if the scenario does not say.
 const REPETITIONS: u64 = 10;
 /// Steps of a scenario at most.
@@ -284,8 +286,9 @@ impl Scenario {
         if self.name.is_empty() || self.name.len() > 64 || !self.name.chars().all(word) {
             return Err(format!("name: {:?} is not a word of letters, digits and -", self.name));
         }
-        if !(1..=MAX_LIMIT).contains(&self.limit) {
-            return Err(format!("limit: {} is not within 1 and {MAX_LIMIT} heartbeats", self.limit));
+        let most = if self.hang { MAX_LIMIT_HANG } else { MAX_LIMIT };
+        if !(1..=most).contains(&self.limit) {
+            return Err(format!("limit: {} is not within 1 and {most} heartbeats", self.limit));
         }
         if self.repetitions == 0 {
             return Err("repetitions: at least one".into());
@@ -552,6 +555,7 @@ mod tests {
             ("reached a@A", "reached a@a-role-that-is-too-long", "is no role"),
             ("name = \"b\"", "name = \"a\"", "two of that name"),
             ("about = \"y\"", "about = \"y\"\nlimit = 91", "limit: 91"),
+            ("about = \"y\"", "about = \"y\"\nhang = true\nlimit = 76", "limit: 76"),
             ("about = \"y\"", "about = \"y\"\nabuot = \"z\"", "abuot"),
             ("name = \"x\"", "name = \"x y\"", "not a word"),
         ] {

@@ -182,6 +182,9 @@ impl DeviceSide for Device {
     fn roles(&self) -> Vec<(u32, String)> {
         self.engine.get().map_or(Vec::new(), |engine| engine.roles())
     }
+    fn moves(&self) -> u64 {
+        self.engine.get().map_or(0, |engine| engine.moves())
+    }
     fn report(&self, violation: Violation) {
         self.oracle.report(violation);
     }

@@ -56,6 +56,10 @@ pub trait DeviceSide {
     fn roles(&self) -> Vec<(u32, String)> {
         Vec::new()
     }
+    /// A number that changes when a scenario lets something go on.
+    fn moves(&self) -> u64 {
+        0
+    }
     /// Takes a violation found here.
     fn report(&self, violation: Violation);
 }
@@ -92,6 +96,8 @@ pub struct Session<'a> {
     start: Instant,
     last_console: Instant,
     activity: u64,
+    /// What the scenario's moves were when it was looked last.
+    moves: u64,
     /// Console lines from which on a hanging guest prints its stacks, the first and the second time, and what the device stood at
     /// the first time.
     stacks_from: [u64; 2],
@@ -145,6 +151,7 @@ impl<'a> Session<'a> {
             limits: given.limits,
             start: given.start,
             last_console: given.start,
+            moves: 0,
             stacks_from: [0; 2],
             stood: Standing::default(),
             unanswered: None,
@@ -443,6 +450,12 @@ impl<'a> Session<'a> {
         if activity != self.activity {
             self.activity = activity;
             self.watch.device(now);
+        }
+        // Whoever is held at a gate says nothing, and that is the scenario's doing.
+        let moves = self.device.moves();
+        if moves != self.moves {
+            self.moves = moves;
+            self.watch.moves();
         }
         match self.watch.check(now) {
             None => false,

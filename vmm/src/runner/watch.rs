@@ -180,6 +180,12 @@ impl Watch {
         };
     }
 
+    /// A scenario let something go on: a workload that was held until now could not say anything.
+    pub fn moves(&mut self) {
+        self.progress_at = self.heartbeat;
+        self.asked_at = None;
+    }
+
     /// Something was found that is likely to go with a hang: less patience, until the next message.
     pub fn suspect(&mut self) {
         self.suspected = true;
@@ -387,6 +393,20 @@ mod tests {
         assert_eq!(clock.beats(3), Some(Alarm::AskAgain));
         clock.say(&Message::Progress { workload: "access".into(), done: 1, total: None });
         assert_eq!(clock.beats(31), Some(Alarm::AskStacks));
+    }
+
+    #[test]
+    fn whoever_was_held_at_a_gate_gets_its_time() {
+        let mut clock = Clock::new(|_| {});
+        clock.boot();
+        for _ in 0..3 {
+            assert_eq!(clock.beats(31), Some(Alarm::AskStacks));
+            clock.watch.moves();
+        }
+        assert_eq!(clock.beats(29), None);
+        assert_eq!(clock.beats(2), Some(Alarm::AskStacks));
+        assert_eq!(clock.beats(3), Some(Alarm::AskAgain));
+        assert_eq!(clock.beats(3), Some(Alarm::Hang));
     }
 
     #[test]
