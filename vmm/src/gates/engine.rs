@@ -69,10 +69,14 @@ struct Waiter {
 struct Counts(BTreeMap<(usize, Role), u64>);
 
 impl Counts {
-    fn add(&mut self, gate: usize, role: Role) {
-        if self.0.len() < MAX_COUNTED || self.0.contains_key(&(gate, role)) {
-            *self.0.entry((gate, role)).or_default() += 1;
+    /// One more; true if it is the first. What there is no room for is none.
+    fn add(&mut self, gate: usize, role: Role) -> bool {
+        if self.0.len() >= MAX_COUNTED && !self.0.contains_key(&(gate, role)) {
+            return false;
         }
+        let count = self.0.entry((gate, role)).or_default();
+        *count += 1;
+        *count == 1
     }
     fn find(&mut self, place: Place) -> Option<&mut u64> {
         let is = |gate: usize, role: Role| place.gate == gate && place.role.is_none_or(|r| r == role);
@@ -107,7 +111,8 @@ struct State {
     roles: BTreeMap<u32, Role>,
     open: Vec<Place>,
     step: usize,
-    /// How often a task went on from a gate that it was held at, or a repetition began or ended.
+    /// How often a repetition began or ended, or a task went on from a gate for the first time in one: whoever comes by again and
+    /// again may do so without end.
     moves: u64,
     pause: Option<u64>,
     story: Vec<Line>,
@@ -265,9 +270,9 @@ impl Engine {
             }
             GateRecord::Passed { site, slot, why, role } => {
                 let decided = self.decides(state, site, role);
-                state.moves += u64::from(slot.is_some());
                 state.waiters.retain(|waiter| Some(waiter.slot) != slot);
-                state.passed.add(site, role);
+                let first = state.passed.add(site, role);
+                state.moves += u64::from(slot.is_some() && first);
                 state.tell(&who(role), format!("goes on from {}", self.site(site)));
                 let why = match why {
                     Why::Opened | Why::Local | Why::Over => return,

@@ -82,8 +82,12 @@ fn a_script_is_followed_in_its_order_and_clean() {
     assert!(guest.may_go(1));
     guest.go(0, 1, "A");
     // Nothing is decided on any more.
+    let moves = guest.engine.moves();
+    assert_eq!(moves, 3, "it began, and both went on");
     guest.come(1, 0, "B");
     assert!(guest.may_go(0));
+    guest.go(1, 0, "B");
+    assert_eq!(guest.engine.moves(), moves, "whoever comes by again may do so without end");
     guest.say(DISARMED, 0, "", 0);
     assert_eq!(guest.engine.doubts(), Vec::<String>::new());
     let result = guest.engine.result();
