@@ -50,6 +50,13 @@ pub(super) const DEBUG: Flavour = Flavour {
     files: 1900,
 };
 
+pub(super) const HOST: Flavour = Flavour {
+    name: "built:host",
+    about: "the same as built:fast with KVM, an IOMMU and iommufd: for --outer-kernel, the outer guest of nested runs",
+    parts: &["common.config", "host.config"],
+    files: 2100,
+};
+
 /// How the image is named in `boot`, before the release: an ELF file with a PVH entry.
 pub(super) const IMAGE: &str = "vmlinux-";
 /// How its symbols are named there.

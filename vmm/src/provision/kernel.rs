@@ -50,6 +50,7 @@ pub const KERNELS: &[NamedKernel] = &[
     },
     NamedKernel { name: built::FAST.name, about: built::FAST.about, origin: Origin::Built(&built::FAST) },
     NamedKernel { name: built::DEBUG.name, about: built::DEBUG.about, origin: Origin::Built(&built::DEBUG) },
+    NamedKernel { name: built::HOST.name, about: built::HOST.about, origin: Origin::Built(&built::HOST) },
 ];
 
 /// Change it when what is fetched, or how it is laid out, changes.
