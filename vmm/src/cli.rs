@@ -243,6 +243,9 @@ pub struct RunArgs {
     /// Processors of the outer guest of --nested; more than one is faster and less reliable
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
     pub outer_cpus: u32,
+    /// Kernel of the outer guest of --nested, one of `list kernels` that has KVM; with built:host, devices are handed over by iommufd
+    #[arg(long, value_name = "NAME", requires = "nested", default_value = DEFAULT_KERNEL, hide_default_value = true)]
+    pub outer_kernel: String,
     /// What runs the guest's instructions; KVM where it can run Linux if not given, and the run fails if it is given and cannot
     #[arg(long, value_enum)]
     pub accel: Option<AccelName>,

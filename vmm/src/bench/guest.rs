@@ -68,6 +68,7 @@ pub(super) fn config(workloads: Vec<String>, seed: u64, oracle: bool) -> RunConf
         machine: crate::cli::MachineName::Qemu,
         nested: false,
         outer_cpus: 1,
+        outer_kernel: DEFAULT_KERNEL.into(),
         accel: None,
         kernel: DEFAULT_KERNEL.into(),
         backend: crate::cli::BackendName::Interval,

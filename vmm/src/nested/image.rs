@@ -23,10 +23,11 @@ use crate::runner::parts::Parts;
 /// What the KVM of an AMD processor consists of, in the order of loading. The first is built in or absent in some kernels.
 const KVM_MODULES: &[(&str, &str, bool)] =
     &[("virt/lib", "irqbypass", false), ("arch/x86/kvm", "kvm", true), ("arch/x86/kvm", "kvm-amd", true)];
-/// And what hands a device on.
+/// And what hands a device on: by iommufd, by its group, or either; a kernel has what it has.
 const VFIO_MODULES: &[(&str, &str, bool)] = &[
+    ("drivers/iommu/iommufd", "iommufd", false),
     ("drivers/vfio", "vfio", true),
-    ("drivers/vfio", "vfio_iommu_type1", true),
+    ("drivers/vfio", "vfio_iommu_type1", false),
     ("drivers/vfio/pci", "vfio-pci-core", true),
     ("drivers/vfio/pci", "vfio-pci", true),
 ];
@@ -148,7 +149,7 @@ fn loaded_end(bytes: &[u8]) -> Option<usize> {
 fn add_modules(tree: &mut Initramfs, kernel: &Kernel, vfio: bool) -> Result<Vec<PathBuf>> {
     let lacks = |what: &str| {
         Failure::environment(format!("the outer guest's kernel {} {what}", kernel.release))
-            .remedy("the package may have changed; please report it")
+            .remedy("give another --outer-kernel, or none; `hmm-testbench list kernels` has them")
     };
     let dir = kernel.modules_dir().ok_or_else(|| lacks("has no modules"))?.join("kernel");
     let mut found = Vec::new();

@@ -169,7 +169,7 @@ fn carry(order: &Order, line: &Arc<Line>, interrupted: &AtomicBool, nmi: &Atomic
         }),
         interactive: false,
     };
-    let vfio = config.vfio.as_ref().map_or(Ok(Vec::new()), Vfio::devices)?;
+    let vfio = runner::handover(config, line.as_ref())?;
     let mut machine = kvm::start(KvmOptions { emulated_svm: true, vfio, ..KvmOptions::default() }, machine)?;
     loop {
         if let Some(exit) = machine.wait(LOOK) {

@@ -17,7 +17,6 @@ use vgpu::oracle::file_bytes;
 use super::frame::{Frame, Hello, InnerEvent, VERSION};
 use super::image::{self, Image};
 use super::{COMMAND, Errand, PORT};
-use crate::cli::DEFAULT_KERNEL;
 use crate::console::{Console, Item};
 use crate::event::{Event, EventSink};
 use crate::failure::{Failure, FailureKind, Result};
@@ -88,7 +87,7 @@ enum Input {
 impl Outside<'_> {
     /// Makes the run. `inner` are the inner guest's files. What came of it is in `results`; the outer guest is gone.
     pub(crate) fn run(&self, mut inner: File, results: &mut Results) -> Result<()> {
-        let kernel = outer_kernel(self.parts, self.events)?;
+        let kernel = outer_kernel(&self.config.outer_kernel, self.parts, self.events)?;
         let begin = Instant::now();
         let image =
             image::build(self.errand, self.config, self.parts, &kernel, &mut inner, self.parts.qemu()?)?;
@@ -145,12 +144,12 @@ impl Outside<'_> {
     }
 }
 
-/// The outer guest runs the default kernel, whatever the inner one does: it has KVM as modules.
-pub(crate) fn outer_kernel(parts: &Parts, events: &Arc<dyn EventSink>) -> Result<Kernel> {
-    if parts.kernel.name == DEFAULT_KERNEL {
+/// The outer guest's kernel: the default one if nothing is said, whatever the inner one is, for that has KVM as modules.
+pub(crate) fn outer_kernel(name: &str, parts: &Parts, events: &Arc<dyn EventSink>) -> Result<Kernel> {
+    if parts.kernel.name == name {
         return Ok(parts.kernel.clone());
     }
-    Provisioner::new(Cache::from_env()?, Arc::clone(events)).kernel(DEFAULT_KERNEL)
+    Provisioner::new(Cache::from_env()?, Arc::clone(events)).kernel(name)
 }
 
 /// Boots the outer guest of a run, with these functions.

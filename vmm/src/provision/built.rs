@@ -52,9 +52,9 @@ pub(super) const DEBUG: Flavour = Flavour {
 
 pub(super) const HOST: Flavour = Flavour {
     name: "built:host",
-    about: "the same as built:fast with KVM, an IOMMU and iommufd: for --outer-kernel, the outer guest of nested runs",
-    parts: &["common.config", "host.config"],
-    files: 2100,
+    about: "for --outer-kernel: KVM, an IOMMU and iommufd, for the outer guest of nested runs",
+    parts: &["host.config"],
+    files: 1400,
 };
 
 /// How the image is named in `boot`, before the release: an ELF file with a PVH entry.

@@ -51,6 +51,8 @@ pub struct RunConfig {
     pub nested: bool,
     /// Processors of that outer guest.
     pub outer_cpus: u32,
+    /// Kernel of that outer guest, by name.
+    pub outer_kernel: String,
     /// Accelerator, if one is demanded.
     pub accel: Option<Accel>,
     /// Kernel, by name or as a tree.
@@ -203,6 +205,7 @@ impl RunConfig {
             machine: args.machine,
             nested: args.nested,
             outer_cpus: args.outer_cpus,
+            outer_kernel: args.outer_kernel.clone(),
             accel: args.accel.map(|accel| match accel {
                 AccelName::Kvm => Accel::Kvm,
                 AccelName::Tcg => Accel::Tcg,
@@ -341,6 +344,7 @@ impl RunConfig {
             machine: MachineName::Qemu,
             nested: false,
             outer_cpus: 1,
+            outer_kernel: crate::cli::DEFAULT_KERNEL.into(),
             accel: None,
             kernel: crate::cli::DEFAULT_KERNEL.into(),
             backend: BackendName::Interval,

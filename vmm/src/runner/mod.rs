@@ -42,7 +42,7 @@ use crate::event::{Event, EventSink};
 use crate::failure::{Failure, FailureKind, Result};
 use crate::gates::diagram;
 use crate::gates::engine::Engine;
-use crate::machine::kvm::KvmOptions;
+use crate::machine::kvm::{Handover, KvmOptions};
 use crate::machine::{Accel, MachineConfig, kvm, qemu};
 use crate::nested::Errand;
 use crate::nested::carried::Outer;
@@ -165,7 +165,7 @@ fn make(
         // QEMU is only the host of the machine.
         results.machine_version = Some(env!("CARGO_PKG_VERSION").to_owned());
         let log = out.map(OutDir::outer_console_log).transpose()?;
-        outer = Some(Outer { kernel: outer_kernel(&parts, events)?, log });
+        outer = Some(Outer { kernel: outer_kernel(&config.outer_kernel, &parts, events)?, log });
     }
     let given = Boot { parts: &parts, plan: &plan, initramfs, log, trace, limits, accel: accel.accel, outer };
     let made = follow(config, given, events.as_ref(), interrupted, results);
@@ -250,6 +250,14 @@ struct Boot<'a> {
     outer: Option<Outer>,
 }
 
+/// Whose guest the machine's guest is.
+enum Under {
+    /// This process's, with devices handed over.
+    Here(Option<Handover>),
+    /// Of an outer guest.
+    Outer(Box<Outer>),
+}
+
 /// Boots a guest, follows it to its end, and judges.
 fn follow(
     config: &RunConfig,
@@ -259,6 +267,10 @@ fn follow(
     results: &mut Results,
 ) -> Result<()> {
     let Boot { parts, plan, initramfs, log, trace, limits, accel, outer } = boot;
+    let under = match outer {
+        Some(outer) => Under::Outer(Box::new(outer)),
+        None => Under::Here(handover(config, events)?),
+    };
     let (queue, inputs) = sync_channel(QUEUE);
     let line = GuestLine::new(queue.clone());
     let size = GpuConfig {
@@ -290,7 +302,7 @@ fn follow(
         line.follows(Arc::clone(engine));
     }
     let start = Instant::now();
-    let mut machine = match start_machine(config, parts, &device, initramfs, accel, queue, outer) {
+    let mut machine = match start_machine(config, parts, &device, initramfs, accel, queue, under) {
         Ok(machine) => machine,
         Err(failure) => {
             // Why is said elsewhere; a trace that cannot be closed is no worse than that.
@@ -339,7 +351,7 @@ fn start_machine(
     initramfs: File,
     accel: Accel,
     queue: std::sync::mpsc::SyncSender<Input>,
-    outer: Option<Outer>,
+    under: Under,
 ) -> Result<Box<dyn crate::machine::Machine>> {
     let machine = MachineConfig {
         kernel: parts.kernel.image.clone(),
@@ -359,14 +371,22 @@ fn start_machine(
     match config.machine {
         MachineName::Qemu => qemu::start(parts.qemu()?, machine),
         MachineName::Kvm => {
-            if let Some(outer) = outer {
-                return outer.start(config, parts, machine);
-            }
-            let vfio = config.vfio.as_ref().map_or(Ok(Vec::new()), Vfio::devices)?;
+            let vfio = match under {
+                Under::Outer(outer) => return outer.start(config, parts, machine),
+                Under::Here(vfio) => vfio,
+            };
             let options = KvmOptions { emulated_svm: config.nested, vfio, ..KvmOptions::default() };
             kvm::start(options, machine)
         }
     }
+}
+
+/// The devices that the machine hands over, where it is; it is told how.
+pub(crate) fn handover(config: &RunConfig, events: &dyn EventSink) -> Result<Option<Handover>> {
+    let Some(vfio) = &config.vfio else { return Ok(None) };
+    let found = Handover::find(&vfio.devices()?)?;
+    found.notes().for_each(|text| events.event(Event::Note { text }));
+    Ok(Some(found))
 }
 
 /// Everything that has seen something.

@@ -53,6 +53,9 @@ pub fn command_in_order(config: &RunConfig, workload: Option<&str>, order: Optio
     if config.outer_cpus != 1 {
         option("--outer-cpus", config.outer_cpus.to_string());
     }
+    if config.outer_kernel != DEFAULT_KERNEL {
+        option("--outer-kernel", config.outer_kernel.clone());
+    }
     if let Some(vfio) = &config.vfio {
         option("--vfio", vfio.to_string());
     }
@@ -212,6 +215,7 @@ mod tests {
         config.machine = crate::cli::MachineName::Kvm;
         config.nested = true;
         config.outer_cpus = 2;
+        config.outer_kernel = "built:host".into();
         config.atomics = AtomicsName::Exclusive;
         config.vfio = Some(crate::cli::vfio::Vfio::Edu);
         config.backend = BackendName::Mirror;

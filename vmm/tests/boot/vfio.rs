@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous};
 
-use crate::support::{machine, mutant, run, run_in};
+use crate::support::{Finished, machine, mutant, run, run_in};
 
 const PAGE: usize = 4096;
 /// Where the host's documentation of `edu` has its registers.
@@ -51,15 +51,27 @@ const GPU: [&str; 13] = [
     "1",
 ];
 
+/// An outer guest whose kernel hands devices over by iommufd alone; the others do so by their groups.
+const IOMMUFD: [&str; 2] = ["--outer-kernel", "built:host"];
+
 #[test]
 fn a_device_is_handed_over() {
+    hands_edu_over(&[]).expect_said("0000:00:04.0 is handed over through its IOMMU group");
+}
+
+#[test]
+fn a_device_is_handed_over_through_iommufd() {
+    hands_edu_over(&IOMMUFD).expect_said("0000:00:04.0 is handed over through iommufd");
+}
+
+fn hands_edu_over(more: &[&str]) -> Finished {
     let _one = machine();
     let this = std::env::current_exe().expect("this program");
     let this = this.to_str().expect("a UTF-8 path");
     let out = tempfile::tempdir().expect("a temporary folder");
     let finished = run_in(
         out.path(),
-        [
+        more.iter().copied().chain([
             "release",
             "--seed",
             "1",
@@ -78,7 +90,7 @@ fn a_device_is_handed_over() {
             &format!("{this}:/add/test"),
             "--exec",
             "/add/test --exact vfio::in_the_guest --ignored --nocapture --test-threads 1",
-        ],
+        ]),
     );
     let outer = fs::read_to_string(out.path().join("console-outer.log")).unwrap_or_default();
     let inner = fs::read_to_string(out.path().join("console.log")).unwrap_or_default();
@@ -94,6 +106,7 @@ fn a_device_is_handed_over() {
     // What was not the guest's memory was refused, by the IOMMU and nobody else.
     assert!(outer.contains("DMAR") && outer.contains("fault addr 0xb0000000"), "{outer}");
     finished.expect_status(0);
+    finished
 }
 
 /// What programs printed, without any white space: the kernel says that there is no handler in the middle of their lines.
@@ -131,6 +144,17 @@ fn the_gpu_is_handed_over() {
     for (name, least) in [("contexts", 20), ("releases", 2), ("accesses", 10_000), ("faults", 50)] {
         assert!(finished.counter(name) >= least, "{name}: {}", finished.counter(name));
     }
+}
+
+#[test]
+fn the_gpu_is_handed_over_through_iommufd() {
+    let _one = machine();
+    let finished = run(GPU.iter().chain(&IOMMUFD).chain(&["access", "release"]));
+    finished.expect_status(0);
+    for device in ["0000:00:04.0", "0000:00:05.0"] {
+        finished.expect_said(&format!("{device} is handed over through iommufd"));
+    }
+    assert!(finished.counter("accesses") >= 10_000 && finished.counter("releases") >= 2);
 }
 
 #[test]

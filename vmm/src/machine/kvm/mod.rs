@@ -69,6 +69,7 @@ mod vcpu;
 mod vfio;
 mod vfio_config;
 mod vfio_host;
+mod vfio_iommu;
 
 use std::io;
 use std::net::Shutdown;
@@ -96,7 +97,7 @@ pub use self::rig::{accesses_for_fuzzing, serial_for_fuzzing};
 use self::seccomp::Filters;
 use self::serial::{Queue, Serial};
 use self::vcpu::{Ending, Shared, Vcpu};
-pub use self::vfio_host::Bdf;
+pub use self::vfio_host::{Bdf, Handover};
 use super::terminal::Terminal;
 use super::{Accel, FunctionSlot, Machine, MachineConfig, MachineExit};
 use crate::failure::{Failure, Result};
@@ -119,14 +120,14 @@ pub struct KvmOptions {
     /// The machine's threads give up the system calls that they do not need.
     pub seccomp: bool,
     /// Devices of the host that the guest gets, in the slots behind those of the functions.
-    pub vfio: Vec<Bdf>,
+    pub vfio: Option<Handover>,
     /// Writes to this guest-physical address end in the kernel, at an event file descriptor that nobody reads. For measuring only.
     pub sink: Option<u64>,
 }
 
 impl Default for KvmOptions {
     fn default() -> Self {
-        Self { emulated_svm: false, seccomp: true, vfio: Vec::new(), sink: None }
+        Self { emulated_svm: false, seccomp: true, vfio: None, sink: None }
     }
 }
 
@@ -274,7 +275,7 @@ impl KvmMachine {
         if nodes != 1 {
             return Err(Failure::usage(format!("the native machine has one NUMA node, not {nodes}")));
         }
-        let filters = Filters::new(options.seccomp, !options.vfio.is_empty())?;
+        let filters = Filters::new(options.seccomp, options.vfio.is_some())?;
         let board = Board::new(memory_bytes)?;
         let entry = boot::load(&board.ram.map, &board.layout, &kernel, &mut initramfs, &cmdline)?;
         boot::write_gdt(&board.ram.map, &cpu::descriptors(entry))?;
@@ -307,9 +308,11 @@ impl KvmMachine {
         }
         let shared = Arc::clone(&machine.shared);
         let trouble: Arc<dyn Fn(String) + Send + Sync> = Arc::new(move |what| shared.end(Ending::Died(what)));
-        for device in vfio::open(&options.vfio, &board.vm, &board.ram, &trouble)? {
-            let name = device.name.clone();
-            board.pci.pass(device).map_err(host_failure(&format!("device {name}")))?;
+        if let Some(found) = &options.vfio {
+            for device in vfio::open(found, &board.vm, &board.ram, &trouble)? {
+                let name = device.name.clone();
+                board.pci.pass(device).map_err(host_failure(&format!("device {name}")))?;
+            }
         }
         let filter = filters.console.clone();
         let deliver = thread("kvm-console", {

@@ -3,7 +3,7 @@
 //!
 //! | what | how |
 //! |---|---|
-//! | DMA | all of the RAM is mapped in the IOMMU where the guest has it, and nothing else: the rest is refused by the IOMMU |
+//! | DMA | all of the RAM is mapped in the IOMMU where the guest has it, and nothing else: the rest is refused by the IOMMU: [`vfio_iommu`](super::vfio_iommu) |
 //! | BARs | what the kernel lets be mapped is memory of the guest's; the pages of the MSI-X table and the rest are trapped |
 //! | configuration space | [`vfio_config`](super::vfio_config) |
 //! | MSI, MSI-X | the kernel signals the vectors' event file descriptors, which KVM routes: [`irq`](super::irq) |
@@ -15,29 +15,27 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::resource::{Resource, getrlimit};
 use parking_lot::Mutex;
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSI_IRQ_INDEX,
     VFIO_PCI_MSIX_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP,
 };
-use vfio_ioctls::{VfioContainer, VfioDevice, VfioDeviceFd, VfioError, VfioRegionInfoCap};
+use vfio_ioctls::{VfioDevice, VfioRegionInfoCap};
 use vgpu::function::{Backing, Bar, Effects, Function};
 use vm_memory::{MmapRegion, mmap::MmapRegionBuilder};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::irq::Outside;
-use super::kvm_failure;
 use super::layout::PAGE;
 use super::memory::GuestRam;
 use super::msi::{Capabilities, MsiSetup, Place};
 use super::pci::Passed;
 use super::vfio_config::{BarShape, Config, Raw};
-use super::vfio_host::{Bdf, Host};
+use super::vfio_host::{Bdf, Handover};
+use super::vfio_iommu::Iommu;
 use crate::failure::{Failure, Result};
 
 /// BARs of a function.
@@ -48,70 +46,21 @@ const BARS: usize = 6;
 /// # Errors
 /// If the host does not hand one of them over; the failure says what to do about it.
 pub(super) fn open(
-    devices: &[Bdf],
+    found: &Handover,
     vm: &VmFd,
     ram: &Arc<GuestRam>,
     trouble: &Arc<dyn Fn(String) + Send + Sync>,
 ) -> Result<Vec<Passed>> {
-    if devices.is_empty() {
-        return Ok(Vec::new());
-    }
-    let mut paths = Vec::new();
-    for bdf in devices {
-        paths.push((*bdf, Host::here().examine(*bdf)?));
-    }
-    let mut kind = kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
-    // KVM has to know of the devices: some make it honour what the guest says about caches.
-    let known = vm.create_device(&mut kind).map_err(kvm_failure("work with VFIO"))?;
-    let container = VfioContainer::new(Some(Arc::new(VfioDeviceFd::new_from_kvm(known))))
-        .map_err(|error| Failure::environment(format!("--vfio: {error}")))?;
-    let container = Arc::new(container);
+    let iommu = Iommu::new(found.way, vm)?;
     let mut opened = Vec::new();
-    for (bdf, path) in paths {
-        let device =
-            VfioDevice::new(&path, container.clone(), false).map_err(|error| refused(bdf, &error))?;
+    for (bdf, path) in &found.devices {
+        let device = iommu.take(*bdf, path)?;
         device.reset();
-        opened.push((bdf, Arc::new(device)));
+        opened.push((*bdf, Arc::new(device)));
     }
     // The first device has made the IOMMU's tables; they serve all.
-    #[allow(unsafe_code)] // a device writes that memory
-    // SAFETY: the RAM is a shared mapping of its file, which is only ever read and written through volatile accesses and by the
-    // guest; the devices keep it (`Device::_ram`), and the kernel keeps its pages until the IOMMU knows them no more.
-    let mapped = unsafe { container.vfio_map_guest_memory(&ram.map) };
-    mapped.map_err(|error| unmapped(&error))?;
+    iommu.map(ram)?;
     opened.into_iter().map(|(bdf, device)| passed(bdf, device, ram, trouble)).collect()
-}
-
-fn refused(bdf: Bdf, error: &VfioError) -> Failure {
-    let failure = Failure::environment(format!("--vfio {bdf}: the host does not hand it over: {error}"));
-    match error {
-        VfioError::ContainerSetIOMMU(errno) if errno.errno() == libc::EPERM => failure.remedy(
-            "the IOMMU does not remap interrupts: turn that on (on a virtual one, intremap=on); or trust the guest with \
-             all interrupts of the host: vfio_iommu_type1.allow_unsafe_interrupts=1",
-        ),
-        VfioError::GroupViable => failure.remedy("bind all devices of its IOMMU group to vfio-pci"),
-        VfioError::OpenGroup(..) => failure.remedy("end the program that uses the group"),
-        _ => failure,
-    }
-}
-
-fn unmapped(error: &VfioError) -> Failure {
-    let failure =
-        Failure::environment(format!("--vfio: the guest's memory cannot be given to the device: {error}"));
-    match error {
-        VfioError::IommuDmaMap(errno) if errno.errno() == libc::ENOMEM => {
-            let limit = getrlimit(Resource::RLIMIT_MEMLOCK)
-                .map_or_else(|_| String::new(), |(limit, _)| format!(" (the limit is {} MiB)", limit >> 20));
-            failure.remedy(format!(
-                "all of it is locked in memory{limit}: raise the limit with `ulimit -l` or in \
-                 /etc/security/limits.conf, or give the guest less with --memory"
-            ))
-        }
-        VfioError::IommuDmaMap(errno) if errno.errno() == libc::EINVAL => failure.remedy(
-            "the IOMMU keeps a part of these addresses for itself: give the guest less with --memory",
-        ),
-        _ => failure,
-    }
 }
 
 fn passed(

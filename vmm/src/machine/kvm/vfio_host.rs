@@ -48,6 +48,46 @@ impl fmt::Display for Bdf {
     }
 }
 
+/// How the host's kernel hands devices over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Each by itself, its DMA through an address space of `/dev/iommu` (Documentation/userspace-api/iommufd.rst).
+    Iommufd,
+    /// By IOMMU groups, through a container of `/dev/vfio/vfio` (Documentation/driver-api/vfio.rst).
+    Groups,
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Iommufd => "iommufd",
+            Self::Groups => "its IOMMU group",
+        })
+    }
+}
+
+/// Devices of this host that can be handed over, and how: all of them in one way, since they share the IOMMU's tables.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Handover {
+    pub(super) devices: Vec<(Bdf, PathBuf)>,
+    pub(super) way: Way,
+}
+
+impl Handover {
+    /// Sees whether they can be, without taking any.
+    ///
+    /// # Errors
+    /// What is in the way of it, and how to get it out of it.
+    pub fn find(devices: &[Bdf]) -> Result<Self> {
+        Host::here().handover(devices)
+    }
+
+    /// A line for people about each device: how it is handed over.
+    pub fn notes(&self) -> impl Iterator<Item = String> {
+        self.devices.iter().map(|(bdf, _)| format!("device {bdf} is handed over through {}", self.way))
+    }
+}
+
 /// Where the host's kernel tells about devices and shows them.
 pub(super) struct Host<'a> {
     /// `/sys`.
@@ -62,11 +102,37 @@ impl Host<'_> {
         Self { sys: Path::new("/sys"), dev: Path::new("/dev") }
     }
 
-    /// The device's folder, if it can be handed over.
-    ///
-    /// # Errors
-    /// What is in the way, and how to get it out of it.
-    pub(super) fn examine(&self, bdf: Bdf) -> Result<PathBuf> {
+    /// The devices, if all can be handed over in one way: through iommufd if they can, for that knows no groups.
+    fn handover(&self, devices: &[Bdf]) -> Result<Handover> {
+        let devices = devices
+            .iter()
+            .map(|bdf| Ok((*bdf, self.examine(*bdf)?)))
+            .collect::<Result<Vec<(Bdf, PathBuf)>>>()?;
+        let usable = |nodes: &dyn Fn(Bdf, &Path) -> Result<Vec<Node>>| {
+            devices
+                .iter()
+                .try_for_each(|(bdf, path)| nodes(*bdf, path)?.iter().try_for_each(|node| node.usable(*bdf)))
+        };
+        let iommufd = usable(&|bdf, path| self.cdev(bdf, path));
+        let way = match iommufd {
+            Ok(()) => Way::Iommufd,
+            // A kernel with groups can be without iommufd, and the other way round; one may be given away and the other not.
+            Err(no_iommufd) => {
+                usable(&|_, path| self.group(path)).map_err(|no_group| {
+                    if self.dev.join("vfio/vfio").exists() || !self.dev.join("iommu").exists() {
+                        no_group
+                    } else {
+                        no_iommufd
+                    }
+                })?;
+                Way::Groups
+            }
+        };
+        Ok(Handover { devices, way })
+    }
+
+    /// The device's folder, if nothing but the rights to its nodes can be in the way.
+    fn examine(&self, bdf: Bdf) -> Result<PathBuf> {
         let fail = |what: String| Failure::environment(format!("--vfio {bdf}: {what}"));
         let path = self.sys.join("bus/pci/devices").join(bdf.to_string());
         if !path.is_dir() {
@@ -113,22 +179,45 @@ impl Host<'_> {
             ))
             .remedy("bind these to vfio-pci too, or to no driver: the IOMMU cannot tell them apart"));
         }
-        for (node, remedy) in [
-            (self.dev.join("vfio/vfio"), "load the modules vfio and vfio_iommu_type1"),
-            (self.dev.join("vfio").join(&number), "see that the device is bound to vfio-pci"),
-        ] {
-            openable(&node).map_err(|error| {
-                let remedy = match error.kind() {
-                    io::ErrorKind::PermissionDenied => {
-                        format!("give yourself the right: sudo chown \"$USER\" {}", node.display())
-                    }
-                    io::ErrorKind::ResourceBusy => "end the program that uses the group".to_owned(),
-                    _ => remedy.to_owned(),
-                };
-                fail(format!("{} cannot be opened: {error}", node.display())).remedy(remedy)
-            })?;
-        }
         Ok(path)
+    }
+
+    /// What has to be opened to have a device by its group. The path leads to a group: [`Self::examine`] has seen it.
+    fn group(&self, device: &Path) -> Result<Vec<Node>> {
+        let group = device.join("iommu_group").canonicalize().ok().and_then(|group| name(&group));
+        Ok(vec![
+            Node {
+                path: self.dev.join("vfio/vfio"),
+                absent: "load the modules vfio and vfio_iommu_type1",
+                busy: "end the program that uses it",
+            },
+            Node {
+                path: self.dev.join("vfio").join(group.unwrap_or_default()),
+                absent: "see that the device is bound to vfio-pci",
+                busy: "end the program that uses the group",
+            },
+        ])
+    }
+
+    /// What has to be opened to have a device through iommufd.
+    fn cdev(&self, bdf: Bdf, device: &Path) -> Result<Vec<Node>> {
+        let names = fs::read_dir(device.join("vfio-dev")).into_iter().flatten().flatten();
+        let name = names.map(|entry| entry.file_name()).next().ok_or_else(|| {
+            Failure::environment(format!("--vfio {bdf}: the host has no vfio device node of its own for it"))
+                .remedy("use a host's kernel with CONFIG_VFIO_DEVICE_CDEV, or one with CONFIG_VFIO_GROUP")
+        })?;
+        Ok(vec![
+            Node {
+                path: self.dev.join("iommu"),
+                absent: "load the module iommufd",
+                busy: "end the program that uses it",
+            },
+            Node {
+                path: self.dev.join("vfio/devices").join(name),
+                absent: "see that the device is bound to vfio-pci",
+                busy: "end the program that uses the device",
+            },
+        ])
     }
 
     /// The other devices of a group that the host uses itself, with their drivers.
@@ -149,6 +238,31 @@ impl Host<'_> {
             .collect();
         others.sort();
         others
+    }
+}
+
+/// A file of the host's that has to be opened.
+struct Node {
+    path: PathBuf,
+    /// What to do if it is not there.
+    absent: &'static str,
+    /// What to do if it can be opened once only, and is.
+    busy: &'static str,
+}
+
+impl Node {
+    fn usable(&self, bdf: Bdf) -> Result<()> {
+        openable(&self.path).map_err(|error| {
+            let remedy = match error.kind() {
+                io::ErrorKind::PermissionDenied => {
+                    format!("give yourself the right: sudo chown \"$USER\" {}", self.path.display())
+                }
+                io::ErrorKind::ResourceBusy => self.busy.to_owned(),
+                _ => self.absent.to_owned(),
+            };
+            Failure::environment(format!("--vfio {bdf}: {} cannot be opened: {error}", self.path.display()))
+                .remedy(remedy)
+        })
     }
 }
 
@@ -211,9 +325,16 @@ mod tests {
                 symlink(folder, device.join("iommu_group")).unwrap();
             }
         }
-        fn examine(&self, bdf: &str) -> Result<PathBuf> {
+        /// What a host's kernel with iommufd has beside, for the device.
+        fn iommufd(&self) {
+            fs::create_dir_all(self.path("sys/bus/pci/devices").join(GPU).join("vfio-dev/vfio3")).unwrap();
+            fs::create_dir_all(self.path("dev/vfio/devices")).unwrap();
+            fs::write(self.path("dev/iommu"), "").unwrap();
+            fs::write(self.path("dev/vfio/devices/vfio3"), "").unwrap();
+        }
+        fn examine(&self, bdf: &str) -> Result<Handover> {
             let (sys, dev) = (self.path("sys"), self.path("dev"));
-            Host { sys: &sys, dev: &dev }.examine(bdf.parse().unwrap())
+            Host { sys: &sys, dev: &dev }.handover(&[bdf.parse().unwrap()])
         }
         #[track_caller]
         fn refuses(&self, bdf: &str, what: &str, remedy: &str) {
@@ -250,7 +371,9 @@ mod tests {
     #[test]
     fn what_is_in_the_way_is_named() {
         let fake = Fake::new();
-        assert!(fake.examine(GPU).unwrap().ends_with(GPU));
+        let found = fake.examine(GPU).unwrap();
+        assert!(found.devices[0].1.ends_with(GPU));
+        assert_eq!(found.way, Way::Groups);
         fake.refuses("0:2.0", "no such PCI device", "lspci");
         fake.device("0000:00:01.0", "0x060400", Some("pcieport"), Some("7"));
         fake.refuses("0:1.0", "a bridge", "behind it");
@@ -272,6 +395,39 @@ mod tests {
         fs::remove_file(fake.path("dev/vfio/vfio")).unwrap();
         fake.device(GPU, "0x030000", Some("vfio-pci"), Some("7"));
         fake.refuses(GPU, "vfio/vfio cannot be opened", "vfio_iommu_type1");
+    }
+
+    #[test]
+    fn iommufd_where_the_host_has_it() {
+        let fake = Fake::new();
+        fake.iommufd();
+        let found = fake.examine(GPU).unwrap();
+        assert_eq!(found.way, Way::Iommufd);
+        assert_eq!(
+            found.notes().collect::<Vec<_>>(),
+            [format!("device {GPU} is handed over through iommufd")]
+        );
+        // The group's rules hold all the same: the IOMMU tells its devices no more apart.
+        fake.device("0000:01:00.1", "0x040300", Some("snd_hda_intel"), Some("7"));
+        fake.refuses(GPU, "not whole", "vfio-pci too");
+        fake.device("0000:01:00.1", "0x040300", None, Some("7"));
+        // A kernel without groups.
+        fs::remove_file(fake.path("dev/vfio/vfio")).unwrap();
+        fs::remove_file(fake.path("dev/vfio/7")).unwrap();
+        assert_eq!(fake.examine(GPU).unwrap().way, Way::Iommufd);
+        fs::remove_file(fake.path("dev/vfio/devices/vfio3")).unwrap();
+        fake.refuses(GPU, "devices/vfio3 cannot be opened", "bound to vfio-pci");
+        fs::remove_dir(fake.path("sys/bus/pci/devices").join(GPU).join("vfio-dev/vfio3")).unwrap();
+        fake.refuses(GPU, "no vfio device node", "CONFIG_VFIO_DEVICE_CDEV");
+        // A kernel with neither, or with no module loaded.
+        fs::remove_file(fake.path("dev/iommu")).unwrap();
+        fake.refuses(GPU, "vfio/vfio cannot be opened", "vfio_iommu_type1");
+        // And one that has both, of which one can be used.
+        fake.iommufd();
+        fs::remove_file(fake.path("dev/iommu")).unwrap();
+        fs::write(fake.path("dev/vfio/vfio"), "").unwrap();
+        fs::write(fake.path("dev/vfio/7"), "").unwrap();
+        assert_eq!(fake.examine(GPU).unwrap().way, Way::Groups);
     }
 
     #[test]
