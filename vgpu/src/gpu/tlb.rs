@@ -44,7 +44,53 @@ impl Hasher for PageHasher {
 }
 
 pub(crate) type PageHash = BuildHasherDefault<PageHasher>;
-type Entries = HashMap<u64, u64, PageHash>;
+
+/// Translations of one size, by page number.
+#[derive(Debug, Default)]
+struct Entries {
+    map: HashMap<u64, u64, PageHash>,
+    /// Who goes next when there is no more room. Chosen in batches: a map finds one entry by looking through all its buckets from
+    /// the first on, and whoever took that one each time would throw away what came last.
+    doomed: Vec<u64>,
+    /// How many batches there were.
+    batches: usize,
+}
+
+impl Entries {
+    /// One of this many is chosen at a time, if there are many.
+    const SHARE: usize = 16;
+
+    fn insert(&mut self, key: u64, raw: u64, limit: usize) {
+        while self.map.len() >= limit && !self.map.contains_key(&key) {
+            match self.doomed.pop() {
+                // It may be gone already.
+                Some(victim) => drop(self.map.remove(&victim)),
+                None => self.choose(),
+            }
+        }
+        self.map.insert(key, raw);
+    }
+
+    /// From all over the map, and others the next time: those that came last and those that came first have the same chance.
+    #[cold]
+    fn choose(&mut self) {
+        let step = (self.map.len() / 64).clamp(1, Self::SHARE);
+        self.doomed.extend(self.map.keys().skip(self.batches % step).step_by(step));
+        self.batches += 1;
+    }
+
+    fn drop_range(&mut self, first: u64, last: u64) -> u64 {
+        let before = self.map.len();
+        if last - first < before as u64 {
+            for key in first..=last {
+                self.map.remove(&key);
+            }
+        } else {
+            self.map.retain(|&key, _| key < first || key > last);
+        }
+        (before - self.map.len()) as u64
+    }
+}
 
 /// The translations that one engine holds of one context.
 #[derive(Debug, Default)]
@@ -58,39 +104,32 @@ pub(crate) struct Tlb {
 impl Tlb {
     #[inline]
     pub(crate) fn lookup(&self, va: u64) -> Option<u64> {
-        if let Some(&raw) = self.small.get(&(va >> PAGE_SHIFT)) {
+        if let Some(&raw) = self.small.map.get(&(va >> PAGE_SHIFT)) {
             return Some(raw);
         }
-        if self.huge.is_empty() {
+        if self.huge.map.is_empty() {
             return None;
         }
-        self.huge.get(&(va >> HUGE_SHIFT)).copied()
+        self.huge.map.get(&(va >> HUGE_SHIFT)).copied()
     }
 
     /// Keeps a leaf; `limit` bounds the entries of either size.
     pub(crate) fn insert(&mut self, va: u64, raw: u64, limit: Option<usize>) {
         let shift = leaf_shift(raw);
         let entries = if shift == HUGE_SHIFT { &mut self.huge } else { &mut self.small };
-        let key = va >> shift;
-        if entries.len() >= limit.unwrap_or(ENTRIES_MAX).min(ENTRIES_MAX) && !entries.contains_key(&key) {
-            // Any will do: the map's own order has nothing to do with addresses.
-            if let Some(victim) = entries.keys().next().copied() {
-                entries.remove(&victim);
-            }
-        }
-        entries.insert(key, raw);
+        entries.insert(va >> shift, raw, limit.unwrap_or(ENTRIES_MAX).clamp(1, ENTRIES_MAX));
     }
 
     /// Drops what lies in or overlaps `[start, last]`; how many entries that was.
     pub(crate) fn invalidate(&mut self, start: u64, last: u64) -> u64 {
         if start == 0 && last >= (1 << pte::VA_BITS) - 1 {
             let dropped = self.len();
-            self.small.clear();
-            self.huge.clear();
+            self.small.map.clear();
+            self.huge.map.clear();
             return dropped;
         }
-        drop_range(&mut self.small, start >> PAGE_SHIFT, last >> PAGE_SHIFT)
-            + drop_range(&mut self.huge, start >> HUGE_SHIFT, last >> HUGE_SHIFT)
+        self.small.drop_range(start >> PAGE_SHIFT, last >> PAGE_SHIFT)
+            + self.huge.drop_range(start >> HUGE_SHIFT, last >> HUGE_SHIFT)
     }
 
     /// Calls `found` with address and entry of each translation that touches `[start, last]`, until it says no.
@@ -99,7 +138,7 @@ impl Tlb {
         if start > last {
             return;
         }
-        for (entries, shift) in [(&self.small, PAGE_SHIFT), (&self.huge, HUGE_SHIFT)] {
+        for (entries, shift) in [(&self.small.map, PAGE_SHIFT), (&self.huge.map, HUGE_SHIFT)] {
             let (first, last) = (start >> shift, last >> shift);
             if last - first < entries.len() as u64 {
                 for key in first..=last {
@@ -146,27 +185,15 @@ impl Tlb {
     }
 
     pub(crate) fn len(&self) -> u64 {
-        (self.small.len() + self.huge.len()) as u64
+        (self.small.map.len() + self.huge.map.len()) as u64
     }
 
     /// Address and entry of the lowest translation.
     pub(crate) fn first(&self) -> Option<(u64, u64)> {
-        let small = self.small.iter().min().map(|(&key, &raw)| (key << PAGE_SHIFT, raw));
-        let huge = self.huge.iter().min().map(|(&key, &raw)| (key << HUGE_SHIFT, raw));
+        let small = self.small.map.iter().min().map(|(&key, &raw)| (key << PAGE_SHIFT, raw));
+        let huge = self.huge.map.iter().min().map(|(&key, &raw)| (key << HUGE_SHIFT, raw));
         small.into_iter().chain(huge).min()
     }
-}
-
-fn drop_range(entries: &mut Entries, first: u64, last: u64) -> u64 {
-    let before = entries.len();
-    if last - first < before as u64 {
-        for key in first..=last {
-            entries.remove(&key);
-        }
-    } else {
-        entries.retain(|&key, _| key < first || key > last);
-    }
-    (before - entries.len()) as u64
 }
 
 const MICRO: usize = 64;
@@ -282,6 +309,27 @@ mod tests {
             assert_eq!(tlb.lookup(page << 12), Some(VALID | page << 12));
         }
         assert_eq!(tlb.len(), 8);
+    }
+
+    /// A full TLB must go on being one, for who works on a few pages of many, and at a price that does not grow with it.
+    #[test]
+    fn what_is_in_use_stays_in_a_full_one() {
+        let mut tlb = Tlb::default();
+        let limit = Some(4096);
+        let mut misses = 0;
+        let mut touch = |tlb: &mut Tlb, page: u64| {
+            if tlb.lookup(page << 12).is_none() {
+                misses += 1;
+                tlb.insert(page << 12, VALID | page << 12, limit);
+            }
+        };
+        (0..100_000).for_each(|page| touch(&mut tlb, page));
+        assert_eq!(tlb.len(), 4096);
+        for _ in 0..100 {
+            (0..64).for_each(|page| touch(&mut tlb, page * 1000));
+        }
+        assert_eq!(tlb.len(), 4096);
+        assert!(misses < 100_000 + 64 * 4, "{misses}");
     }
 
     #[test]
