@@ -94,6 +94,9 @@ fn what_contradicts_nested_is_refused() {
         (&["run", "--machine", "kvm", "--accel", "tcg"], "--machine kvm"),
         (&["run", "--nested", "--shell"], "--exec"),
         (&["run", "--outer-cpus", "2"], "--nested"),
+        (&["run", "--outer-kernel", "built:host"], "--nested"),
+        (&["run", "--kernel", "built:host"], "--outer-kernel built:host"),
+        (&["run", "--nested", "--outer-kernel", "nonsense"], "no kernel is named"),
         (&["nested-inside"], "run --nested"),
     ] {
         let (status, _, stderr) = run(arguments);

@@ -162,6 +162,11 @@ pub(super) fn look(name_or_tree: &str) -> Result<()> {
     if named(name_or_tree).is_some() { Ok(()) } else { from_path(name_or_tree).map(drop) }
 }
 
+/// Whether that kernel is for the outer guest of nested runs alone: it does not have what a driver under test needs.
+pub(crate) fn is_for_outer_guests(name: &str) -> bool {
+    name == built::HOST.name
+}
+
 fn named(name: &str) -> Option<&'static NamedKernel> {
     KERNELS.iter().find(|kernel| kernel.name == name)
 }

@@ -21,8 +21,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use cache::{Cache, Item, Made, Manifest, Partial, Wanted};
-pub(crate) use kernel::cached as cached_kernels;
 pub use kernel::{KERNELS, Kernel, NamedKernel};
+pub(crate) use kernel::{cached as cached_kernels, is_for_outer_guests};
 pub(crate) use modfile::module_name;
 pub use modfile::{ModuleInfo, check_module, is_module};
 pub use modules::Modules;
@@ -39,17 +39,6 @@ use crate::failure::{Failure, Result};
 pub struct Provisioner {
     cache: Cache,
     events: Arc<dyn EventSink>,
-}
-
-/// All that a run needs.
-#[derive(Clone, Debug)]
-pub struct Provisioned {
-    /// The emulator.
-    pub qemu: QemuProgram,
-    /// The guest's PID 1, a static binary.
-    pub agent: PathBuf,
-    /// The kernels asked for, in order, with their modules.
-    pub kernels: Vec<(Kernel, Modules)>,
 }
 
 impl Provisioner {
@@ -118,7 +107,7 @@ impl Provisioner {
     ///
     /// # Errors
     /// The first failure, after everything begun has ended.
-    pub fn everything(&self, kernels: &[String], patches: &[PathBuf]) -> Result<Provisioned> {
+    pub fn everything(&self, kernels: &[String], patches: &[PathBuf]) -> Result<()> {
         self.look(kernels, patches)?;
         // Each thread forks and awaits its own children: they die with the thread that started them (process.rs).
         std::thread::scope(|scope| {
@@ -129,18 +118,19 @@ impl Provisioner {
                 .map(|name| {
                     scope.spawn(move || {
                         let kernel = self.kernel(name)?;
-                        let modules = self.modules(&kernel, patches)?;
-                        Ok((kernel, modules))
+                        if is_for_outer_guests(name) {
+                            Ok(())
+                        } else {
+                            self.modules(&kernel, patches).map(drop)
+                        }
                     })
                 })
                 .collect();
-            let kernels: Vec<Result<_>> = kernels.into_iter().map(joined).collect();
+            let kernels: Vec<Result<()>> = kernels.into_iter().map(joined).collect();
             let (qemu, agent) = (joined(qemu), joined(agent));
-            Ok(Provisioned {
-                qemu: qemu?,
-                agent: agent?,
-                kernels: kernels.into_iter().collect::<Result<_>>()?,
-            })
+            qemu?;
+            agent?;
+            kernels.into_iter().collect()
         })
     }
 }

@@ -19,6 +19,7 @@ use crate::gates;
 use crate::gates::order::Order;
 use crate::gates::script::{Scenario, Script};
 use crate::machine::{Accel, kvm, node_bytes};
+use crate::provision::is_for_outer_guests;
 
 /// What is to be run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -162,6 +163,13 @@ impl RunConfig {
             return Err(Failure::usage(
                 "--trace-bytes: a nested run keeps its trace in the outer guest's memory, 1G at most",
             ));
+        }
+        if is_for_outer_guests(&args.kernel) {
+            return Err(Failure::usage(format!(
+                "--kernel {}: that kernel has nothing that mirrors memory, it is for outer guests",
+                args.kernel
+            ))
+            .remedy(format!("give --outer-kernel {} --nested, or another --kernel", args.kernel)));
         }
         if args.outer_cpus != 1 && !args.nested {
             return Err(Failure::usage("--outer-cpus belongs to --nested"));
