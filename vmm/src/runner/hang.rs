@@ -85,6 +85,9 @@ struct Task {
     pid: String,
     blocked: bool,
     running: bool,
+    /// Of a kernel worker that has something to do: the function and its module. The stack of a task that runs while another CPU prints
+    /// it is nothing but guesses; this is read from the worker itself.
+    work: String,
     /// `function+0x1/0x2 [module]`, innermost first.
     frames: Vec<String>,
     /// What a report shows of it.
@@ -104,7 +107,8 @@ impl Task {
             frame.ends_with(']')
                 || ["hmm_", "mmu_interval", "mmu_notifier"].iter().any(|f| frame.starts_with(f))
         };
-        self.running && self.name != "hmm_witness" && self.frames.iter().any(concerns)
+        let at = self.frames.iter().any(concerns) || self.work.ends_with(']');
+        self.running && self.name != "hmm_witness" && at
     }
 
     /// For a sentence: who, in what, for whom.
@@ -114,7 +118,9 @@ impl Task {
             let outside = |f: &String| !["__schedule", "schedule"].iter().any(|s| function(f).starts_with(s));
             self.frames.iter().position(outside)
         });
-        let Some(inner) = inner else { return name };
+        let Some(inner) = inner else {
+            return if self.work.is_empty() { name } else { format!("{name} in {}", self.work) };
+        };
         let rest = &self.frames[inner..];
         let caller = rest.iter().skip(1).find(|frame| frame.ends_with(']'));
         let module = |frame: &str| frame.rfind(" [").map_or(String::new(), |at| frame[at..].to_owned());
@@ -155,8 +161,8 @@ fn tasks(stacks: &[String]) -> Vec<Task> {
                 pid: word_after(rest, "pid:").unwrap_or("?").to_owned(),
                 blocked: rest.starts_with('D'),
                 running: rest.starts_with('R'),
-                frames: Vec::new(),
                 lines: vec![text.to_owned()],
+                ..Task::default()
             });
         } else if text.starts_with("NMI backtrace for cpu") {
             open = !text.contains("skipped");
@@ -189,7 +195,9 @@ impl Task {
             self.name = name.to_owned();
             self.pid = word_after(text, "PID:").unwrap_or("?").to_owned();
             self.lines.push(text.to_owned());
-        } else if text.starts_with("Workqueue:") {
+        } else if let Some(work) = text.strip_prefix("Workqueue:") {
+            // The queue's name comes first.
+            self.work = work.trim().split_once(' ').map_or("", |(_, work)| work).to_owned();
             self.lines.push(text.to_owned());
         } else if let Some(frame) = text.strip_prefix("RIP: ").and_then(|rip| frame(rip.split_once(':')?.1)) {
             self.push(frame);
@@ -232,6 +240,9 @@ pub fn judge(clues: &Clues) -> Violation {
     let busy: Vec<&Task> = all.iter().filter(|task| at_work(task)).collect();
     let lasts = |task: &&Task| before.iter().any(|then| then.pid == task.pid && at_work(then));
     let endless: Vec<&Task> = busy.iter().copied().filter(lasts).collect();
+    // What they were at is not known, but that they were at work before, and have not slept since.
+    let unread: Vec<&Task> =
+        all.iter().filter(|task| task.running && task.frames.is_empty() && lasts(task)).collect();
     let Standing { faults_parked: parked, faults_untaken: untaken, interrupts, .. } = clues.standing;
     // The driver's own word on its locks, where it has one, says who waits for whom.
     let circle = locks::deadlock(printed, &clues.roles);
@@ -242,8 +253,9 @@ pub fn judge(clues: &Clues) -> Violation {
         (Rule::HangLivelock, format!("{waiting}; at work without end: {}", told(&endless)))
     } else if !locked.is_empty() {
         (Rule::HangDeadlock, format!("blocked: {}", told(&locked)))
-    } else if !busy.is_empty() {
-        (Rule::HangLivelock, format!("no task waits for a lock; at work without end: {}", told(&busy)))
+    } else if !busy.is_empty() || !unread.is_empty() {
+        let busy = if busy.is_empty() { &unread } else { &busy };
+        (Rule::HangLivelock, format!("no task waits for a lock; at work without end: {}", told(busy)))
     } else if clues.still && parked == 0 {
         let text = format!(
             "the device has done all it was given and sent {interrupts} interrupts, no task is at work, and whoever waits was not told"
@@ -265,7 +277,7 @@ pub fn judge(clues: &Clues) -> Violation {
     let text = format!("no progress for {} heartbeats {}: {what}", clues.heartbeats, clues.place);
     let mut violation = Violation::new(rule, text);
     let mut shown: Vec<&Task> = if rule == Rule::HangLivelock { endless } else { locked.clone() };
-    for task in busy.iter().chain(&locked).chain(&blocked) {
+    for task in busy.iter().chain(&unread).chain(&locked).chain(&blocked) {
         if !shown.contains(task) {
             shown.push(task);
         }

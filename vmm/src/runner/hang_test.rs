@@ -126,6 +126,43 @@ fn at_work_without_end_is_what_lasts() {
     assert_eq!(judge(&Clues { stacks: Vec::new(), ..lasting }).rule, Rule::HangLivelock);
 }
 
+/// Another CPU printed them while they ran: guesses, and whatever was left on the stack by what ran before.
+const UNREADABLE: &str = "\
+[   17.133895] sysrq: Show backtrace of all active CPUs
+[   17.134150] NMI backtrace for cpu 0
+[   17.134151] CPU: 0 UID: 0 PID: 35 Comm: pr/ttyS0 Tainted: G           OE
+[   17.134152]  nbcon_emit_one+0x9e/0xf0
+[   17.174440] task:kworker/u9:0    state:R  running task     stack:0     pid:31    tgid:31    ppid:2
+[   17.174815] Workqueue: hmm_vgpu_fault vgpu_fault_work [hmm_vgpu]
+[   17.175006] Call Trace:
+[   17.175013]  <TASK>
+[   17.175535]  ? vgpu_mirror_fault+0x156/0x6e0 [hmm_vgpu]
+[   17.176089]  </TASK>";
+
+#[test]
+fn a_worker_that_runs_says_itself_what_it_is_at() {
+    let hang = judge(&clues(UNREADABLE, true, standing(1, 0)));
+    assert_eq!(hang.rule, Rule::HangLivelock);
+    assert!(hang.summary.contains("kworker/u9:0 (pid 31) in vgpu_fault_work [hmm_vgpu]"), "{}", hang.summary);
+}
+
+#[test]
+fn who_was_at_work_and_still_runs_is_at_work() {
+    let of_a_program =
+        UNREADABLE.replace("kworker/u9:0", "ioctls").replace("[   17.174815] Workqueue: hmm_vgpu_fault", "");
+    let before = SPINNING.lines().map(str::to_owned).collect();
+    let now = clues(&of_a_program, true, standing(1, 0));
+    assert_eq!(judge(&now).rule, Rule::FaultUnanswered, "what is guessed says nothing");
+    let hang = judge(&Clues { before, ..now.clone() });
+    assert_eq!(hang.rule, Rule::HangLivelock);
+    assert!(hang.summary.contains("at work without end: ioctls (pid 31)"), "{}", hang.summary);
+    // It may poll for what somebody else waits for.
+    let before = SPINNING.lines().map(str::to_owned).collect();
+    let stacks: Vec<String> = INVERSION.lines().chain(of_a_program.lines()).map(str::to_owned).collect();
+    let stacks = stacks.iter().map(|line| line.replace("pid:31 ", "pid:32 ")).collect();
+    assert_eq!(judge(&Clues { before, stacks, ..now }).rule, Rule::HangDeadlock);
+}
+
 #[test]
 fn nobody_does_anything() {
     let rule = |still, parked, untaken| judge(&clues("", still, standing(parked, untaken))).rule;
