@@ -23,8 +23,9 @@ use crate::pci::{BarShape, CLASS_WITNESS, ConfigSpace, Identity};
 pub trait GuestSink: Send + Sync {
     /// A message of the guest's agent.
     fn message(&self, json: &[u8]);
-    /// A heartbeat, by the guest's count, and the probes missed so far.
-    fn heartbeat(&self, count: u64, missed: u64);
+    /// A heartbeat, by the guest's count, and the probes missed so far; whether it counts. One that does not is none to the oracle and
+    /// to gates: a guest that the host lets run a tenth of the time has a tenth of the heartbeats.
+    fn heartbeat(&self, count: u64, missed: u64) -> bool;
     /// The witness module is loaded.
     fn hello(&self, record: &Record);
 }
@@ -185,13 +186,15 @@ impl Witness {
             snapshot.read(from, &mut message).ok()?;
         }
         drop(snapshot);
+        if record.kind == HEARTBEAT && !self.sink.heartbeat(record.arg[0], record.arg[1]) {
+            return Some(());
+        }
         self.oracle.witness(&record);
         if let Some(conductor) = self.conductor.get().filter(|_| record.kind != MESSAGE) {
             conductor.record(&record, &self.doors);
         }
         match record.kind {
             HELLO => self.sink.hello(&record),
-            HEARTBEAT => self.sink.heartbeat(record.arg[0], record.arg[1]),
             MESSAGE => self.sink.message(&message),
             _ => {}
         }
@@ -267,8 +270,9 @@ mod tests {
         fn message(&self, json: &[u8]) {
             self.0.lock().push(String::from_utf8_lossy(json).into_owned());
         }
-        fn heartbeat(&self, count: u64, missed: u64) {
+        fn heartbeat(&self, count: u64, missed: u64) -> bool {
             self.0.lock().push(format!("beat {count} {missed}"));
+            count != 0
         }
         fn hello(&self, record: &Record) {
             self.0.lock().push(format!("hello {}", record.arg[0]));
@@ -324,11 +328,12 @@ mod tests {
         assert_eq!(b.get(regs::SLOTS), 4);
         b.send(0, Record { kind: HELLO, arg: [1, 0, 1, 1], ..Default::default() });
         b.send(3, Record { kind: HEARTBEAT, arg: [9, 2, 0, 0], ..Default::default() });
+        b.send(3, Record { kind: HEARTBEAT, arg: [0, 2, 0, 0], ..Default::default() });
         b.memory.snapshot().write(TEXT, b"{\"a\":1}").unwrap();
         b.send(1, Record { kind: MESSAGE, arg: [TEXT, 7, 0, 0], ..Default::default() });
         b.send(0, Record { kind: MM_BEGIN, mm: 1, ..Default::default() });
         b.send(0, Record { kind: MM_RELEASED, mm: 1, ..Default::default() });
-        assert_eq!(*b.heard.0.lock(), ["hello 1", "beat 9 2", "{\"a\":1}"]);
+        assert_eq!(*b.heard.0.lock(), ["hello 1", "beat 9 2", "beat 0 2", "{\"a\":1}"]);
         let counters = b.oracle.counters();
         assert_eq!((counters.releases, counters.heartbeats, counters.probes_missed), (1, 1, 2));
         assert_eq!((counters.bad_records, b.get(regs::BAD_RECORDS)), (0, 0));

@@ -73,6 +73,9 @@ pub enum Command {
     Bench {
         /// Benchmarks, by name; all without
         names: Vec<String>,
+        /// Kernel of the guests, as for `run`
+        #[arg(long, default_value = DEFAULT_KERNEL, value_name = "NAME|TREE")]
+        kernel: String,
         /// One JSON object a line
         #[arg(long)]
         json: bool,

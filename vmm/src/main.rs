@@ -40,7 +40,7 @@ fn main() -> ExitCode {
         Command::Doctor { json } => doctor(json),
         Command::Provision { kernel } => provision(kernel, human.clone()),
         Command::List { kind, json } => list::print(kind, json, &mut std::io::stdout().lock()).map(|()| 0),
-        Command::Bench { names, json } => bench::run(&names, json, human.clone()),
+        Command::Bench { names, kernel, json } => bench::run(&names, &kernel, json, human.clone()),
         Command::NestedInside => nested::inside::main(),
         Command::Mutants(args) => mutants(&args, &words, human.clone()),
         Command::Check(args) => check::print(&args, &human, &mut std::io::stdout().lock()),

@@ -69,7 +69,9 @@ struct Deaf;
 
 impl GuestSink for Deaf {
     fn message(&self, _: &[u8]) {}
-    fn heartbeat(&self, _: u64, _: u64) {}
+    fn heartbeat(&self, _: u64, _: u64) -> bool {
+        true
+    }
     fn hello(&self, _: &Record) {}
 }
 

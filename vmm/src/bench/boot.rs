@@ -28,11 +28,12 @@ const ROUNDS: usize = 5;
 
 /// Both, in turns.
 pub(super) fn boot(
+    kernel: &str,
     events: Arc<dyn EventSink>,
     note: &dyn Fn(String),
     interrupted: &AtomicBool,
 ) -> Result<Vec<Figure>> {
-    let config = guest::config(Vec::new(), 1, true);
+    let config = guest::config(kernel, Vec::new(), 1, true);
     let accel = accel::choose(None)?.accel;
     let parts = parts::gather(&config, events, interrupted)?;
     let start = Start { config, parts, accel, interrupted };

@@ -45,7 +45,7 @@ const METRICS: &[(&str, &str, &str)] = &[
 ];
 
 /// A run of the default machine.
-pub(super) fn config(workloads: Vec<String>, seed: u64, oracle: bool) -> RunConfig {
+pub(super) fn config(kernel: &str, workloads: Vec<String>, seed: u64, oracle: bool) -> RunConfig {
     RunConfig {
         append: None,
         vfio: None,
@@ -70,7 +70,7 @@ pub(super) fn config(workloads: Vec<String>, seed: u64, oracle: bool) -> RunConf
         outer_cpus: 1,
         outer_kernel: DEFAULT_KERNEL.into(),
         accel: None,
-        kernel: DEFAULT_KERNEL.into(),
+        kernel: kernel.into(),
         backend: crate::cli::BackendName::Interval,
         policy: None,
         atomics: crate::cli::AtomicsName::Coherent,
@@ -147,12 +147,13 @@ fn ended(results: Results) -> Result<Results> {
 
 /// Runs the guest's workload once and gives the figures of the benchmarks in `wanted`.
 pub(super) fn workload(
+    kernel: &str,
     wanted: &[&str],
     steps: Option<&Arc<dyn EventSink>>,
     interrupted: &AtomicBool,
 ) -> Result<(Vec<Figure>, Vec<String>)> {
     let collector = Arc::new(Collector { steps: steps.cloned(), ..Collector::default() });
-    let config = config(vec![BENCH_WORKLOAD.to_owned()], 1, true);
+    let config = config(kernel, vec![BENCH_WORKLOAD.to_owned()], 1, true);
     run(&config, &collector, interrupted)?;
     let figures = figures(wanted, &collector.metrics.lock());
     let failed = collector.failed.lock().clone();
@@ -190,6 +191,7 @@ fn figures(wanted: &[&str], metrics: &HashMap<String, (f64, String)>) -> Vec<Fig
 
 /// The default suite, in turns with the oracle on and off.
 pub(super) fn oracle(
+    kernel: &str,
     steps: Option<&Arc<dyn EventSink>>,
     note: &dyn Fn(String),
     interrupted: &AtomicBool,
@@ -202,7 +204,7 @@ pub(super) fn oracle(
             let steps = steps.filter(|_| on.is_empty() && off.is_empty()).cloned();
             let collector = Arc::new(Collector { steps, ..Collector::default() });
             let workloads = plan::workloads(&[], false)?;
-            let results = run(&config(workloads, 1 + pair as u64, judged), &collector, interrupted)?;
+            let results = run(&config(kernel, workloads, 1 + pair as u64, judged), &collector, interrupted)?;
             let seconds: f64 = results.workloads.iter().map(|workload| workload.seconds).sum();
             if results.workloads.iter().any(|workload| workload.outcome != WorkloadOutcome::Pass) {
                 let failed = collector.failed.lock().join("; ");

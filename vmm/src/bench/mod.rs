@@ -26,11 +26,12 @@ pub const BENCHMARKS: &[&str] =
 /// Those whose figures come from one run of the guest's workload.
 const IN_GUEST: &[&str] = &["registers", "tables", "invalidate", "faults"];
 
-/// Runs the benchmarks of these names, or all. The exit status is 0 if all was measured.
-pub fn run(names: &[String], json: bool, events: Arc<dyn EventSink>) -> Result<u8> {
+/// Runs the benchmarks of these names, or all, with that kernel in the guests. The exit status is 0 if all was measured.
+pub fn run(names: &[String], kernel: &str, json: bool, events: Arc<dyn EventSink>) -> Result<u8> {
     let wanted = wanted(names)?;
     let interrupted = signals::interrupted()?;
     let mut bench = Bench {
+        kernel,
         events: (!json).then_some(events),
         interrupted: &interrupted,
         figures: Vec::new(),
@@ -68,6 +69,8 @@ impl Measured {
 
 /// The benchmarks under way.
 struct Bench<'a> {
+    /// Of the guests.
+    kernel: &'a str,
     /// Where people are told what goes on; none with JSON.
     events: Option<Arc<dyn EventSink>>,
     interrupted: &'a AtomicBool,
@@ -97,19 +100,25 @@ impl Bench<'_> {
         if wanted.contains(&"boot") {
             self.one("boot: our machine and QEMU by hand, in turns", |bench| {
                 let events = bench.events.clone().unwrap_or_else(|| Arc::new(|_: Event| ()));
-                boot::boot(events, &|text| bench.note(text), bench.interrupted).map(Measured::all)
+                boot::boot(bench.kernel, events, &|text| bench.note(text), bench.interrupted)
+                    .map(Measured::all)
             });
         }
         if wanted.contains(&"nested") {
             self.one("nested: the native machine and QEMU with KVM, in turns in one outer guest", |bench| {
                 let events = bench.events.clone().unwrap_or_else(|| Arc::new(|_: Event| ()));
-                nested::nested(events, bench.interrupted).map(Measured::all)
+                nested::nested(bench.kernel, events, bench.interrupted).map(Measured::all)
             });
         }
         if wanted.contains(&"oracle") {
             self.one("oracle: the default suite with it and without, in turns", |bench| {
-                guest::oracle(bench.events.as_ref(), &|text| bench.note(text), bench.interrupted)
-                    .map(Measured::all)
+                guest::oracle(
+                    bench.kernel,
+                    bench.events.as_ref(),
+                    &|text| bench.note(text),
+                    bench.interrupted,
+                )
+                .map(Measured::all)
             });
         }
         if self.events.is_some() && !self.figures.is_empty() {
@@ -118,7 +127,8 @@ impl Bench<'_> {
     }
 
     fn in_guest(&self, wanted: &[&str]) -> Result<Measured> {
-        let (figures, mut missing) = guest::workload(wanted, self.events.as_ref(), self.interrupted)?;
+        let (figures, mut missing) =
+            guest::workload(self.kernel, wanted, self.events.as_ref(), self.interrupted)?;
         let has = |name: &str| figures.iter().any(|figure| figure.benchmark == name);
         if missing.is_empty() {
             missing.extend(wanted.iter().filter(|name| !has(name)).map(|name| format!("{name}: no figure")));
@@ -187,8 +197,13 @@ mod tests {
     fn what_is_missing_is_not_passed_over() {
         let interrupted = AtomicBool::new(false);
         let events: Arc<dyn EventSink> = Arc::new(|_: Event| ());
-        let mut bench =
-            Bench { events: Some(events), interrupted: &interrupted, figures: Vec::new(), failure: None };
+        let mut bench = Bench {
+            kernel: "backports",
+            events: Some(events),
+            interrupted: &interrupted,
+            figures: Vec::new(),
+            failure: None,
+        };
         let figures = vec![Figure::new("a", "a", 1.0, "s", "")];
         bench.one("a", |_| Ok(Measured { figures, missing: vec!["registers: no device".to_owned()] }));
         assert_eq!(bench.figures.len(), 1);
@@ -201,8 +216,13 @@ mod tests {
     fn a_failure_does_not_stop_the_others_unless_the_machine_lacks_something() {
         let interrupted = AtomicBool::new(false);
         let events: Arc<dyn EventSink> = Arc::new(|_: Event| ());
-        let mut bench =
-            Bench { events: Some(events), interrupted: &interrupted, figures: Vec::new(), failure: None };
+        let mut bench = Bench {
+            kernel: "backports",
+            events: Some(events),
+            interrupted: &interrupted,
+            figures: Vec::new(),
+            failure: None,
+        };
         bench.one("a", |_| Err(Failure::inconclusive("lost")));
         bench.one("b", |_| Ok(Measured::all(vec![Figure::new("b", "b", 1.0, "s", "")])));
         assert_eq!(bench.figures.len(), 1);

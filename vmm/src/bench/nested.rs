@@ -31,13 +31,17 @@ const MEMORY: u64 = 512 << 20;
 type Values = HashMap<String, Vec<f64>>;
 
 /// Boots the outer guest, which measures.
-pub(super) fn nested(events: Arc<dyn EventSink>, interrupted: &AtomicBool) -> Result<Vec<Figure>> {
+pub(super) fn nested(
+    kernel: &str,
+    events: Arc<dyn EventSink>,
+    interrupted: &AtomicBool,
+) -> Result<Vec<Figure>> {
     let config = RunConfig {
         machine: MachineName::Qemu,
         nested: true,
         cpus: 1,
         memory_bytes: MEMORY,
-        ..guest::config(Vec::new(), 1, true)
+        ..guest::config(kernel, Vec::new(), 1, true)
     };
     let parts = parts::gather(&config, Arc::clone(&events), interrupted)?;
     // The guest's PID 1 says that it runs, which is all that is waited for.

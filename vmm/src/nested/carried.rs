@@ -16,8 +16,10 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::frame::Frame;
+use super::frame::InnerEvent;
 use super::outside::{BOOT, LAST_WORDS, OuterConsole, SILENCE, start_outer};
 use super::{Errand, image};
+use crate::event::{Event, EventSink};
 use crate::failure::{Failure, Result};
 use crate::machine::{ConsoleSink, Machine, MachineConfig, MachineExit};
 use crate::provision::Kernel;
@@ -28,12 +30,17 @@ use crate::runner::untrusted;
 /// How often a waiting caller looks.
 const TICK: Duration = Duration::from_millis(10);
 
+/// Notes of the inside that are passed on. It has a few words about its devices to say, and the host makes all the others.
+const MOST_NOTES: usize = 20;
+
 /// What the outer guest is made of, beside the run's own parts.
 pub(crate) struct Outer {
     /// Its kernel.
     pub kernel: Kernel,
     /// Where its console goes.
     pub log: Option<File>,
+    /// Where what it notes goes.
+    pub events: Arc<dyn EventSink>,
 }
 
 impl Outer {
@@ -58,8 +65,8 @@ impl Outer {
         let reader = std::thread::Builder::new()
             .name("nested-line".into())
             .spawn({
-                let said = Arc::clone(&said);
-                move || listen(reader, console, &said)
+                let (said, events) = (Arc::clone(&said), self.events);
+                move || listen(reader, console, &said, events.as_ref())
             })
             .map_err(|error| Failure::environment(format!("cannot start a thread: {error}")))?;
         Ok(Box::new(Carried { outer, line, said, reader: Some(reader), told: None, exit: None }))
@@ -75,7 +82,8 @@ struct Said {
 }
 
 /// Follows the line to its end.
-fn listen(mut line: UnixStream, mut console: ConsoleSink, said: &Mutex<Said>) {
+fn listen(mut line: UnixStream, mut console: ConsoleSink, said: &Mutex<Said>, events: &dyn EventSink) {
+    let mut notes = 0;
     loop {
         let frame = match Frame::read(&mut line) {
             Ok(Some(frame)) => frame,
@@ -85,8 +93,17 @@ fn listen(mut line: UnixStream, mut console: ConsoleSink, said: &Mutex<Said>) {
                 return;
             }
         };
-        if let Frame::Log(bytes) = &frame {
-            console(bytes);
+        match &frame {
+            Frame::Log(bytes) => console(bytes),
+            Frame::Event(event) => {
+                if let (InnerEvent::Note { text }, true) = (event.as_ref(), notes < MOST_NOTES) {
+                    let mut text = text.clone();
+                    untrusted::tame_text(&mut text);
+                    notes += 1;
+                    events.event(Event::Note { text });
+                }
+            }
+            _ => {}
         }
         let mut said = said.lock();
         // After the console has been taken: a guest that had to wait for that was not silent.

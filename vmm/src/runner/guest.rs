@@ -11,6 +11,7 @@ use vgpu::oracle::{Oracle, Rule, Violation};
 use vgpu::witness::GuestSink;
 use vgpu_spec::witness::Record;
 
+use super::pace::Pace;
 use super::session::Input;
 use crate::gates::engine::Engine;
 
@@ -24,6 +25,7 @@ pub struct GuestLine {
     hello: AtomicBool,
     heartbeats: AtomicU64,
     missed: AtomicU64,
+    pace: Pace,
     engine: OnceLock<Arc<Engine>>,
 }
 
@@ -37,6 +39,7 @@ impl GuestLine {
             hello: AtomicBool::new(false),
             heartbeats: AtomicU64::new(0),
             missed: AtomicU64::new(0),
+            pace: Pace::default(),
             engine: OnceLock::new(),
         })
     }
@@ -59,6 +62,11 @@ impl GuestLine {
     #[must_use]
     pub fn heartbeats(&self) -> u64 {
         self.heartbeats.load(Ordering::SeqCst)
+    }
+    /// What its heartbeats are worth.
+    #[must_use]
+    pub fn pace(&self) -> &Pace {
+        &self.pace
     }
     /// Probes the witness has missed so far.
     #[must_use]
@@ -88,11 +96,13 @@ impl GuestSink for GuestLine {
         // The session has ended: nobody wants it.
         let _ = self.queue.send(input);
     }
-    fn heartbeat(&self, count: u64, missed: u64) {
+    fn heartbeat(&self, count: u64, missed: u64) -> bool {
         self.heartbeats.fetch_max(count, Ordering::SeqCst);
         self.missed.fetch_max(missed, Ordering::SeqCst);
         // If the queue is full there is enough life in it.
-        let _ = self.queue.try_send(Input::Heartbeat(count));
+        let counts = self.pace.beat();
+        let _ = self.queue.try_send(Input::Heartbeat { counts });
+        counts
     }
     fn hello(&self, _record: &Record) {
         self.hello.store(true, Ordering::SeqCst);

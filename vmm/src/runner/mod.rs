@@ -8,6 +8,7 @@ pub mod device;
 pub mod guest;
 pub mod hang;
 pub mod locks;
+mod pace;
 pub mod parts;
 pub mod plan;
 pub mod replay;
@@ -165,7 +166,11 @@ fn make(
         // QEMU is only the host of the machine.
         results.machine_version = Some(env!("CARGO_PKG_VERSION").to_owned());
         let log = out.map(OutDir::outer_console_log).transpose()?;
-        outer = Some(Outer { kernel: outer_kernel(&config.outer_kernel, &parts, events)?, log });
+        outer = Some(Outer {
+            kernel: outer_kernel(&config.outer_kernel, &parts, events)?,
+            log,
+            events: Arc::clone(events),
+        });
     }
     let given = Boot { parts: &parts, plan: &plan, initramfs, log, trace, limits, accel: accel.accel, outer };
     let made = follow(config, given, events.as_ref(), interrupted, results);
@@ -323,6 +328,7 @@ fn follow(
             ..limits
         },
         start,
+        pace: line.pace(),
     });
     let end = session.follow(inputs, &violations, interrupted);
     drop(machine);

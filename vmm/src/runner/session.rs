@@ -12,6 +12,7 @@ use vgpu_spec::regs::witness::{REQUEST_ALL_CPUS, REQUEST_BLOCKED_TASKS};
 
 use super::device::GPU;
 use super::hang::{self, Clues, Standing};
+use super::pace::{Pace, Starvation};
 use super::splats::{self, Meaning};
 use super::story::Story;
 use super::untrusted;
@@ -40,8 +41,11 @@ pub enum Input {
     Message(Box<Message>),
     /// A message that cannot be read.
     Garbled(String),
-    /// The witness's heartbeat.
-    Heartbeat(u64),
+    /// The witness's heartbeat. The guest's own count is for people: a nonsense number must not stop the clock of the watchdog.
+    Heartbeat {
+        /// It is worth one.
+        counts: bool,
+    },
 }
 
 /// What the session needs of the device side.
@@ -113,6 +117,8 @@ pub struct Session<'a> {
     witnessed: bool,
     /// Heartbeats so far, and how many there were at the first violation.
     heartbeats: u64,
+    starvation: Starvation,
+    pace: &'a Pace,
     violated_at: Option<u64>,
     end: End,
 }
@@ -135,6 +141,8 @@ pub struct Given<'a> {
     pub limits: Limits,
     /// When the machine was started.
     pub start: Instant,
+    /// What the guest's heartbeats are worth: kept up to date from how much of the host's processors it gets.
+    pub pace: &'a Pace,
 }
 
 impl<'a> Session<'a> {
@@ -161,6 +169,8 @@ impl<'a> Session<'a> {
             complained: false,
             witnessed: false,
             heartbeats: 0,
+            starvation: Starvation::new(given.start),
+            pace: given.pace,
             violated_at: None,
             end: End {
                 story: Story::new(given.plan),
@@ -269,8 +279,8 @@ impl<'a> Session<'a> {
                 self.message(now, *message);
             }
             Input::Garbled(text) => self.garbled(&text),
-            // The guest's own count is for people: a nonsense number must not stop the clock of the watchdog.
-            Input::Heartbeat(_) => {
+            Input::Heartbeat { counts: false } => self.watch.alive(now),
+            Input::Heartbeat { counts: true } => {
                 self.heartbeats += 1;
                 self.watch.heartbeat(now, self.heartbeats);
             }
@@ -298,6 +308,17 @@ impl<'a> Session<'a> {
                     match splats::meaning(&splat, self.end.story.modules, self.complained) {
                         Meaning::Violation(violation) => {
                             self.complained = true;
+                            // The kernel goes by its clock.
+                            if let (Rule::KernelHungTask, Some(share)) =
+                                (violation.rule, self.starvation.starved())
+                            {
+                                self.end.notes.push(format!(
+                                    "{}: not judged, for the guest had {:.0} % of the processor time that it wanted",
+                                    violation.summary,
+                                    share * 100.0
+                                ));
+                                continue;
+                            }
                             self.device.report(violation);
                         }
                         Meaning::Boot(text) => {
@@ -438,6 +459,7 @@ impl<'a> Session<'a> {
 
     /// Looks at the clocks; true if the guest is to be ended.
     fn tick(&mut self, now: Instant) -> bool {
+        self.starvation.look(now, self.machine.pid(), self.pace);
         if self.seen_enough() {
             return true;
         }

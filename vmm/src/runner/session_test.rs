@@ -108,6 +108,7 @@ fn follow(script: impl FnOnce(&Guest) + Send + 'static) -> (End, Vec<Violation>,
         script(&guest);
         guest
     });
+    let pace = Pace::default();
     let session = Session::new(Given {
         machine: &mut machine,
         device: &side,
@@ -117,6 +118,7 @@ fn follow(script: impl FnOnce(&Guest) + Send + 'static) -> (End, Vec<Violation>,
         interactive: false,
         limits: LIMITS,
         start: Instant::now(),
+        pace: &pace,
     });
     let end = session.follow(receiver, &violations, &AtomicBool::new(false));
     thread.join().unwrap();
@@ -184,7 +186,7 @@ fn a_hang_is_shown_with_stacks() {
         guest.say(Message::WorkloadStart { workload: "access".into(), seed: 1 });
         for beat in 1..40 {
             std::thread::sleep(Duration::from_millis(50));
-            let _ = guest.inputs.send(Input::Heartbeat(beat));
+            let _ = guest.inputs.send(Input::Heartbeat { counts: true });
             if beat == 12 {
                 guest.print("[   40.1] task:agent           state:D stack:0     pid:88\r\n[   40.2]  down_write+0x1/0x2\r\n");
             }
@@ -199,13 +201,29 @@ fn a_hang_is_shown_with_stacks() {
 }
 
 #[test]
+fn heartbeats_that_do_not_count_are_life_and_no_time() {
+    let (end, violations, requested) = follow(|guest| {
+        guest.boot();
+        guest.say(Message::WorkloadStart { workload: "access".into(), seed: 1 });
+        for _ in 1..60 {
+            std::thread::sleep(Duration::from_millis(50));
+            let _ = guest.inputs.send(Input::Heartbeat { counts: false });
+        }
+        guest.say(Message::Done);
+        let _ = guest.exit.send(MachineExit::PoweredOff);
+    });
+    assert!(violations.is_empty() && requested == 0, "{violations:?}");
+    assert_eq!(end.lost, None);
+}
+
+#[test]
 fn a_hang_over_a_fault_names_its_place() {
     let (_, violations, _) = follow(|guest| {
         guest.boot();
         guest.say(Message::WorkloadStart { workload: "access".into(), seed: 1 });
         for beat in 1..30 {
             std::thread::sleep(Duration::from_millis(50));
-            let _ = guest.inputs.send(Input::Heartbeat(beat));
+            let _ = guest.inputs.send(Input::Heartbeat { counts: true });
             if beat == 3 {
                 let fault = Violation::new(Rule::FaultUnanswered, "waits").at(Some(0x1000), None);
                 guest.violations.send(fault.on(Handle(7))).unwrap();
@@ -228,7 +246,7 @@ fn a_run_ends_a_while_after_its_first_violation() {
         guest.violations.send(Violation::new(Rule::ReleaseLate, "left")).unwrap();
         for beat in 1..40 {
             std::thread::sleep(Duration::from_millis(50));
-            let _ = guest.inputs.send(Input::Heartbeat(beat));
+            let _ = guest.inputs.send(Input::Heartbeat { counts: true });
             guest.say(Message::Progress { workload: "release".into(), done: beat, total: None });
         }
     });
@@ -298,11 +316,9 @@ fn a_guest_that_floods_its_line_is_ended() {
     let (end, _, _) = follow(|guest| {
         guest.boot();
         guest.violations.send(Violation::new(Rule::ReleaseLate, "left")).unwrap();
-        let flood = Input::Heartbeat(u64::MAX);
         // Until nobody listens any more.
         while guest.inputs.send(Input::Console(b"x".to_vec())).is_ok() {
-            let Input::Heartbeat(count) = flood else { return };
-            let _ = guest.inputs.send(Input::Heartbeat(count));
+            let _ = guest.inputs.send(Input::Heartbeat { counts: true });
         }
     });
     assert!(end.notes.iter().any(|note| note.contains("after the first violation")), "{:?}", end.notes);

@@ -2,7 +2,7 @@
 //! The watchdog: a guest that is lost, and one that lives and gets nothing done.
 //!
 //! What the guest does is measured in its own heartbeats, which an ordinary thread of it makes: a slow host makes slow
-//! heartbeats. Host seconds count only where there is no sign of life at all.
+//! heartbeats, and of a starved guest not each counts ([`pace`](super::pace)). Host seconds count only where there is no sign of life at all.
 
 use std::time::{Duration, Instant};
 
@@ -146,6 +146,12 @@ impl Watch {
     /// The device was used.
     pub fn device(&mut self, now: Instant) {
         self.life = now;
+    }
+
+    /// A heartbeat that does not count.
+    pub fn alive(&mut self, now: Instant) {
+        self.life = now;
+        self.beat = self.beat.map(|_| now);
     }
 
     /// A heartbeat.
