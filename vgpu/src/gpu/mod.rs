@@ -72,7 +72,7 @@ pub struct GpuConfig {
     pub engines: u32,
     /// Queues, 1 to 256.
     pub queues: u32,
-    /// Pages for page tables, 1 to 65536.
+    /// Pages for page tables, 1 to 65536. By default few enough that a workload can use them up within a second.
     pub table_pages: u32,
     /// Bytes of VRAM in BAR2, a power of two from 4 KiB to 64 GiB.
     pub vram_bytes: u64,
@@ -94,7 +94,7 @@ impl Default for GpuConfig {
             contexts: 64,
             engines: 2,
             queues: 128,
-            table_pages: 8192,
+            table_pages: 2048,
             vram_bytes: 16 << 20,
             msix: true,
             tlb_entries: None,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! More faults at a time than a driver likes: every queue that there is stands at one.
+//! More than a driver likes: faults at a time, for every queue that there is stands at one; and page tables, for there are not so many.
 
 use crate::client::{Context, Job, Ticket};
 use crate::device::Device;
-use crate::memory::{Mapping, PAGE};
+use crate::memory::{Backing, HUGE, Mapping, PAGE, Prot};
 use crate::outcome::{Checked, Doing, Failure, require};
 
 /// Contexts, of 64 that the device has: others may still be on their way out.
@@ -12,6 +12,33 @@ const CONTEXTS: usize = 56;
 const QUEUES: usize = 2;
 /// Pages that each queue faults in, one after the other.
 const PAGES: usize = 12;
+
+/// Pages 2 MiB apart, so that each takes a table of leaves: more than the device has pages for tables (2,048 if not said otherwise).
+const REGIONS: usize = 2500;
+/// Every so many of them are read again, which were dropped for others.
+const AGAIN: usize = 4;
+
+/// One context uses up what there is for its tables. Its driver has to make room: it alone is in its own way.
+pub(super) fn regions(device: &dyn Device, first: u64) -> Checked {
+    let map = Mapping::reserve(REGIONS * HUGE, HUGE).doing("mmap")?;
+    for region in 0..REGIONS {
+        map.renew(region * HUGE, PAGE, Prot::Write, Backing::Anonymous).doing("mmap")?;
+    }
+    let context = Context::bind(device)?;
+    context.run(Job::strided_write(map.at(0), REGIONS as u64, HUGE, first))?.ok()?;
+    let mut sum = 0_u64;
+    for region in 0..REGIONS {
+        let (at, expected) = (region * HUGE, first.wrapping_add(region as u64));
+        let found = map.load(at);
+        if found != expected {
+            return Err(Failure::cpu(context.handle(), map.at(at), expected, found));
+        }
+        sum = if region % AGAIN == 0 { sum.wrapping_add(expected) } else { sum };
+    }
+    let count = REGIONS.div_ceil(AGAIN) as u64;
+    let read = context.run(Job::strided_read(map.at(0), count, AGAIN * HUGE))?.ok()?;
+    require(read.result == sum, || format!("the device should have summed {sum:#x}: {read}"))
+}
 
 /// Each queue writes pages of its own that nobody has touched, so that each page is a fault, and 112 of them wait at a time. With
 /// a small fault buffer that is an overflow, again and again.
