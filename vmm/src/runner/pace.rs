@@ -96,6 +96,11 @@ impl Starvation {
         pace.set(self.share);
     }
 
+    /// How long something takes at present that takes so long when the guest gets all that it wants.
+    pub(super) fn longer(&self, time: Duration) -> Duration {
+        time.mul_f64(1.0 / self.share.clamp(f64::from(LEAST) / f64::from(WHOLE), 1.0))
+    }
+
     /// Part of what it wants that the guest got in the last minute, if that is little.
     pub(super) fn starved(&self) -> Option<f64> {
         (self.lately < STARVED).then_some(self.lately)
@@ -170,6 +175,10 @@ mod tests {
     #[test]
     fn starved_is_who_was_so_for_long() {
         let mut starvation = Starvation::new(Instant::now());
+        let second = Duration::from_secs(1);
+        assert_eq!(starvation.longer(second), second);
+        starvation.share = 0.0;
+        assert_eq!(starvation.longer(second), 64 * second);
         starvation.lately = 0.6;
         assert_eq!(starvation.starved(), None);
         starvation.lately = 0.2;

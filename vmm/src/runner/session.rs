@@ -21,6 +21,8 @@ use crate::console::{Console, Item, SplatKind};
 use crate::event::{Event, EventSink};
 use crate::machine::{Machine, MachineExit};
 
+/// Nothing on the console for so long: what was being said there has been said.
+const CONSOLE_IDLE: Duration = Duration::from_secs(1);
 /// Console lines shown of a guest that is lost.
 const TAIL_LINES: usize = 30;
 /// How often the clocks are looked at.
@@ -463,7 +465,8 @@ impl<'a> Session<'a> {
         if self.seen_enough() {
             return true;
         }
-        if now.saturating_duration_since(self.last_console) >= Duration::from_secs(1) {
+        // A complaint has many lines, and a starved guest's come slowly.
+        if now.saturating_duration_since(self.last_console) >= self.starvation.longer(CONSOLE_IDLE) {
             let mut items = Vec::new();
             self.console.idle(&mut items);
             self.items(items);

@@ -34,6 +34,21 @@ const OWN_REASONS: &[&str] = &[
     "NMI: IOCK error",
 ];
 
+/// Warnings that are the kernel's own, by the file that warns and a function on the stack, and why.
+const OWN_WARNINGS: &[(&str, &str, &str)] = &[(
+    "kernel/time/hrtimer.c",
+    "dl_task_timer",
+    // Seen on 7.3 in a guest that the host let run a fiftieth of the time.
+    "the scheduler's own timer, which came so late that it was queued again when it was put forward",
+)];
+
+/// Why a warning is none of the driver's, if it is known to be so.
+fn own_warning(splat: &Splat) -> Option<&'static str> {
+    let has = |what: &str| splat.lines.iter().any(|line| line.contains(what));
+    let known = |(file, function, _): &&(&str, &str, &str)| splat.summary.contains(file) && has(function);
+    OWN_WARNINGS.iter().find(known).filter(|_| splat.kind == SplatKind::Warn).map(|(_, _, why)| *why)
+}
+
 /// What to make of `splat`, in a guest in which `modules` were loaded already, and which has `complained` before.
 #[must_use]
 pub fn meaning(splat: &Splat, modules: bool, complained: bool) -> Meaning {
@@ -42,6 +57,9 @@ pub fn meaning(splat: &Splat, modules: bool, complained: bool) -> Meaning {
             "lockdep turned itself off and sees nothing from here on: {}",
             splat.summary
         ));
+    }
+    if let Some(why) = own_warning(splat) {
+        return Meaning::Note(format!("{}: {why}", splat.summary));
     }
     let names_driver = splat.lines.iter().any(|line| line.contains("hmm_vgpu"));
     if splat.kind == SplatKind::Panic {
@@ -91,6 +109,22 @@ mod tests {
         assert_eq!(rule(meaning(&splat(SplatKind::Warn, "WARNING: x"), true, false)), Some(Rule::KernelWarn));
         let named = splat(SplatKind::Oops, "BUG: x in probe+0x1/0x2 [hmm_vgpu]");
         assert_eq!(rule(meaning(&named, false, false)), Some(Rule::KernelOops));
+    }
+
+    #[test]
+    fn the_schedulers_own_timer_is_nobodys_driver() {
+        let summary =
+            "WARNING: kernel/time/hrtimer.c:1098 at hrtimer_forward+0x7b/0xc0, CPU#1: hmm_witness/102";
+        let mut warning = splat(SplatKind::Warn, summary);
+        assert_eq!(
+            rule(meaning(&warning, true, false)),
+            Some(Rule::KernelWarn),
+            "a driver's timer may do so"
+        );
+        warning.lines.push(" dl_task_timer+0x35b/0x8b0".into());
+        assert!(matches!(meaning(&warning, true, false), Meaning::Note(_)));
+        let elsewhere = Splat { summary: "WARNING: mm/rmap.c:1 at x".into(), ..warning };
+        assert_eq!(rule(meaning(&elsewhere, true, false)), Some(Rule::KernelWarn));
     }
 
     #[test]
