@@ -23,8 +23,8 @@ use crate::pci::{BarShape, CLASS_WITNESS, ConfigSpace, Identity};
 pub trait GuestSink: Send + Sync {
     /// A message of the guest's agent.
     fn message(&self, json: &[u8]);
-    /// A heartbeat, by the guest's count, and the probes missed so far; whether it counts. One that does not is none to the oracle and
-    /// to gates: a guest that the host lets run a tenth of the time has a tenth of the heartbeats.
+    /// A heartbeat, by the guest's count, and the probes missed so far; whether it counts. One that does not is none to the oracle: a
+    /// guest that the host lets run a tenth of the time has a tenth of the heartbeats. One by which more probes are missed must count.
     fn heartbeat(&self, count: u64, missed: u64) -> bool;
     /// The witness module is loaded.
     fn hello(&self, record: &Record);
@@ -186,10 +186,9 @@ impl Witness {
             snapshot.read(from, &mut message).ok()?;
         }
         drop(snapshot);
-        if record.kind == HEARTBEAT && !self.sink.heartbeat(record.arg[0], record.arg[1]) {
-            return Some(());
+        if record.kind != HEARTBEAT || self.sink.heartbeat(record.arg[0], record.arg[1]) {
+            self.oracle.witness(&record);
         }
-        self.oracle.witness(&record);
         if let Some(conductor) = self.conductor.get().filter(|_| record.kind != MESSAGE) {
             conductor.record(&record, &self.doors);
         }

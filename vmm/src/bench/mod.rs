@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::event::{Event, EventSink};
 use crate::failure::{Failure, FailureKind, Result};
+use crate::provision::refuse_outer;
 use crate::runner::signals;
 use figure::Figure;
 
@@ -29,6 +30,7 @@ const IN_GUEST: &[&str] = &["registers", "tables", "invalidate", "faults"];
 /// Runs the benchmarks of these names, or all, with that kernel in the guests. The exit status is 0 if all was measured.
 pub fn run(names: &[String], kernel: &str, json: bool, events: Arc<dyn EventSink>) -> Result<u8> {
     let wanted = wanted(names)?;
+    refuse_outer(kernel)?;
     let interrupted = signals::interrupted()?;
     let mut bench = Bench {
         kernel,

@@ -167,6 +167,16 @@ pub(crate) fn is_for_outer_guests(name: &str) -> bool {
     name == built::HOST.name
 }
 
+/// Refuses a kernel that no guest of a run can have.
+pub(crate) fn refuse_outer(name: &str) -> Result<()> {
+    if !is_for_outer_guests(name) {
+        return Ok(());
+    }
+    let what =
+        format!("--kernel {name}: that kernel has nothing that mirrors memory, it is for outer guests");
+    Err(Failure::usage(what).remedy(format!("give --outer-kernel {name} --nested, or another --kernel")))
+}
+
 fn named(name: &str) -> Option<&'static NamedKernel> {
     KERNELS.iter().find(|kernel| kernel.name == name)
 }

@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 pub use cache::{Cache, Item, Made, Manifest, Partial, Wanted};
 pub use kernel::{KERNELS, Kernel, NamedKernel};
-pub(crate) use kernel::{cached as cached_kernels, is_for_outer_guests};
+pub(crate) use kernel::{cached as cached_kernels, is_for_outer_guests, refuse_outer};
 pub(crate) use modfile::module_name;
 pub use modfile::{ModuleInfo, check_module, is_module};
 pub use modules::Modules;

@@ -19,7 +19,7 @@ use crate::gates;
 use crate::gates::order::Order;
 use crate::gates::script::{Scenario, Script};
 use crate::machine::{Accel, kvm, node_bytes};
-use crate::provision::is_for_outer_guests;
+use crate::provision::{KERNELS, refuse_outer};
 
 /// What is to be run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -164,12 +164,13 @@ impl RunConfig {
                 "--trace-bytes: a nested run keeps its trace in the outer guest's memory, 1G at most",
             ));
         }
-        if is_for_outer_guests(&args.kernel) {
+        refuse_outer(&args.kernel)?;
+        if !KERNELS.iter().any(|kernel| kernel.name == args.outer_kernel) {
             return Err(Failure::usage(format!(
-                "--kernel {}: that kernel has nothing that mirrors memory, it is for outer guests",
-                args.kernel
+                "--outer-kernel: no kernel is named '{}'",
+                args.outer_kernel
             ))
-            .remedy(format!("give --outer-kernel {} --nested, or another --kernel", args.kernel)));
+            .remedy("`hmm-testbench list kernels` has the names; it cannot be a tree"));
         }
         if args.outer_cpus != 1 && !args.nested {
             return Err(Failure::usage("--outer-cpus belongs to --nested"));

@@ -98,9 +98,10 @@ impl GuestSink for GuestLine {
     }
     fn heartbeat(&self, count: u64, missed: u64) -> bool {
         self.heartbeats.fetch_max(count, Ordering::SeqCst);
-        self.missed.fetch_max(missed, Ordering::SeqCst);
+        // What was missed must be known before anybody is accused for it.
+        let news = self.missed.fetch_max(missed, Ordering::SeqCst) < missed;
         // If the queue is full there is enough life in it.
-        let counts = self.pace.beat();
+        let counts = self.pace.beat() || news;
         let _ = self.queue.try_send(Input::Heartbeat { counts });
         counts
     }

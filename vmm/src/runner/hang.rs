@@ -196,8 +196,9 @@ impl Task {
             self.pid = word_after(text, "PID:").unwrap_or("?").to_owned();
             self.lines.push(text.to_owned());
         } else if let Some(work) = text.strip_prefix("Workqueue:") {
-            // The queue's name comes first.
-            self.work = work.trim().split_once(' ').map_or("", |(_, work)| work).to_owned();
+            // The queue's name comes first, and last what the worker says of itself, if it does.
+            let work = work.trim().split_once(' ').map_or("", |(_, work)| work);
+            self.work = work.split_once(" (").map_or(work, |(work, _)| work).to_owned();
             self.lines.push(text.to_owned());
         } else if let Some(frame) = text.strip_prefix("RIP: ").and_then(|rip| frame(rip.split_once(':')?.1)) {
             self.push(frame);

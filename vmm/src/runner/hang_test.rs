@@ -144,6 +144,8 @@ fn a_worker_that_runs_says_itself_what_it_is_at() {
     let hang = judge(&clues(UNREADABLE, true, standing(1, 0)));
     assert_eq!(hang.rule, Rule::HangLivelock);
     assert!(hang.summary.contains("kworker/u9:0 (pid 31) in vgpu_fault_work [hmm_vgpu]"), "{}", hang.summary);
+    let described = UNREADABLE.replace("_work [hmm_vgpu]", "_work [hmm_vgpu] (faults of card 0)");
+    assert_eq!(judge(&clues(&described, true, standing(1, 0))).summary, hang.summary);
 }
 
 #[test]

@@ -5,11 +5,12 @@
 //! it where the others wait: on a host whose processors are wanted ten times over, ten seconds of heartbeats are one second of
 //! work. The host's kernel says for each thread how long it ran and how long it could have run and did not
 //! (Documentation/scheduler/sched-stats.rst, `/proc/PID/task/TID/schedstat`); a heartbeat counts for as much as the first is of both.
-//! An idle guest wants nothing and lacks nothing.
+//! An idle guest wants nothing and lacks nothing. What a hypervisor under this host takes away is not seen.
 //!
-//! Heartbeats that do not count are sign of life and nothing else: neither the oracle nor gates nor the watchdog's patience see them.
+//! Heartbeats that do not count are sign of life, and time to gates, which the guest counts itself; neither the oracle nor the
+//! watchdog's patience sees them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -18,12 +19,14 @@ use std::time::{Duration, Instant};
 const WHOLE: u32 = 1024;
 /// The least: what hangs is found in the end.
 const LEAST: u32 = WHOLE / 64;
-/// Over how long it is measured: several turns of all who want a processor.
-const WINDOW: Duration = Duration::from_millis(500);
-/// Part of the window that counts as having run: who wants next to nothing waits longer than he runs, and lacks nothing.
-const IDLE: u32 = 10;
-/// Part of the whole below which a guest is starved.
-const STARVED: f64 = 0.5;
+/// How often it is measured.
+const EVERY: Duration = Duration::from_millis(500);
+/// Over how long heartbeats are weighed. A thread that waits is booked when it gets to run, so this is longer than it waits at a time.
+const WINDOW: Duration = Duration::from_secs(5);
+/// How far back it is known.
+const MEMORY: Duration = Duration::from_secs(300);
+/// Part of the time that counts as having run: who wants next to nothing waits longer than he runs, and lacks nothing.
+const IDLE: f64 = 0.1;
 
 /// What a heartbeat is worth at present.
 #[derive(Debug)]
@@ -34,7 +37,8 @@ pub struct Pace {
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { share: AtomicU32::new(WHOLE), owed: AtomicU32::new(0) }
+        // The first one counts: that there are any is known at once.
+        Self { share: AtomicU32::new(WHOLE), owed: AtomicU32::new(WHOLE - 1) }
     }
 }
 
@@ -53,27 +57,34 @@ impl Pace {
     }
 }
 
+/// What the guest's threads did in a while that ended at `at`.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    at: Instant,
+    length: Duration,
+    ran: Duration,
+    waited: Duration,
+}
+
 /// Measures a guest's share.
 #[derive(Debug)]
 pub(super) struct Starvation {
     at: Instant,
     /// Time that it ran and that it waited, by thread, in nanoseconds.
     threads: HashMap<u32, (u64, u64)>,
-    share: f64,
-    /// Part of the last minute's heartbeats that counted, about.
-    lately: f64,
+    spans: VecDeque<Span>,
 }
 
 impl Starvation {
     /// From now on.
     pub(super) fn new(now: Instant) -> Self {
-        Self { at: now, threads: HashMap::new(), share: 1.0, lately: 1.0 }
+        Self { at: now, threads: HashMap::new(), spans: VecDeque::new() }
     }
 
     /// Looks at the threads of the machine's process, if it is one of its own, and of this one, which has the device; if it is time.
     pub(super) fn look(&mut self, now: Instant, machine: Option<u32>, pace: &Pace) {
-        let window = now.saturating_duration_since(self.at);
-        if window < WINDOW {
+        let length = now.saturating_duration_since(self.at);
+        if length < EVERY {
             return;
         }
         self.at = now;
@@ -90,27 +101,31 @@ impl Starvation {
         if first {
             return;
         }
-        self.share = share(ran, waited, window);
-        let weight = (window.as_secs_f64() / 60.0).min(1.0);
-        self.lately += (self.share - self.lately) * weight;
-        pace.set(self.share);
+        let (ran, waited) = (Duration::from_nanos(ran), Duration::from_nanos(waited));
+        self.spans.push_back(Span { at: now, length, ran, waited });
+        while self.spans.front().is_some_and(|span| now.saturating_duration_since(span.at) > MEMORY) {
+            self.spans.pop_front();
+        }
+        pace.set(self.share(now, WINDOW));
+    }
+
+    /// Part of what it wanted that the guest got in the last `window`, as far back as it is known.
+    pub(super) fn share(&self, now: Instant, window: Duration) -> f64 {
+        let recent = |span: &&Span| now.saturating_duration_since(span.at) < window;
+        let (mut had, mut wanted) = (0.0, 0.0);
+        for span in self.spans.iter().rev().take_while(recent) {
+            let idle = span.length.mul_f64(IDLE).as_secs_f64();
+            had += span.ran.as_secs_f64() + idle;
+            wanted += span.ran.as_secs_f64() + span.waited.as_secs_f64() + idle;
+        }
+        if wanted == 0.0 { 1.0 } else { had / wanted }
     }
 
     /// How long something takes at present that takes so long when the guest gets all that it wants.
-    pub(super) fn longer(&self, time: Duration) -> Duration {
-        time.mul_f64(1.0 / self.share.clamp(f64::from(LEAST) / f64::from(WHOLE), 1.0))
+    pub(super) fn longer(&self, now: Instant, time: Duration) -> Duration {
+        let least = f64::from(LEAST) / f64::from(WHOLE);
+        time.div_f64(self.share(now, WINDOW).clamp(least, 1.0))
     }
-
-    /// Part of what it wants that the guest got in the last minute, if that is little.
-    pub(super) fn starved(&self) -> Option<f64> {
-        (self.lately < STARVED).then_some(self.lately)
-    }
-}
-
-fn share(ran: u64, waited: u64, window: Duration) -> f64 {
-    let idle = window.as_nanos() as f64 / f64::from(IDLE);
-    let had = ran as f64 + idle;
-    had / (had + waited as f64)
 }
 
 /// What a process's threads have run and waited; nothing where the kernel does not say.
@@ -142,19 +157,65 @@ mod tests {
             let got = count(100);
             assert!(counted.contains(&got), "{share}: {got}");
         }
+        let starved = Pace::default();
+        starved.set(0.0);
+        assert!(starved.beat() && !starved.beat());
+    }
+
+    /// The share of a guest that ran and waited so many milliseconds of each half second, for a minute.
+    fn share_of(ran: u64, waited: u64) -> f64 {
+        let begin = Instant::now();
+        let mut starvation = Starvation::new(begin);
+        for turn in 1..=120 {
+            let (ran, waited) = (Duration::from_millis(ran), Duration::from_millis(waited));
+            starvation.spans.push_back(Span { at: begin + EVERY * turn, length: EVERY, ran, waited });
+        }
+        starvation.share(begin + EVERY * 120, WINDOW)
     }
 
     #[test]
     fn who_wants_nothing_lacks_nothing() {
-        let window = Duration::from_millis(500);
-        let ms = |n: u64| n * 1_000_000;
-        assert!(share(0, 0, window) > 0.99);
+        assert!(share_of(0, 0) > 0.99);
         // A thread that wakes ten times a second on a busy host.
-        assert!(share(ms(1), ms(10), window) > 0.8);
+        assert!(share_of(1, 10) > 0.8);
         // Two processors that run all the time, and four that are wanted by two.
-        assert!(share(ms(1000), 0, window) > 0.99);
-        assert!((0.45..0.6).contains(&share(ms(1000), ms(1000), window)));
-        assert!(share(ms(60), ms(1940), window) < 0.1);
+        assert!(share_of(1000, 0) > 0.99);
+        assert!((0.45..0.6).contains(&share_of(1000, 1000)));
+        assert!(share_of(60, 1940) < 0.1);
+    }
+
+    #[test]
+    fn a_window_is_what_it_is() {
+        let begin = Instant::now();
+        let mut starvation = Starvation::new(begin);
+        let second = Duration::from_secs(1);
+        assert!((starvation.share(begin, WINDOW) - 1.0).abs() < 1e-9, "nothing is known");
+        // Starved for a minute, then ten seconds not. What one thread waited for long comes at once.
+        for turn in 1..=60 {
+            let waited = if turn % 3 == 0 { 60 * second } else { Duration::ZERO };
+            starvation.spans.push_back(Span {
+                at: begin + second * turn,
+                length: second,
+                ran: second,
+                waited,
+            });
+        }
+        let now = begin + second * 60;
+        assert!(starvation.share(now, WINDOW) < 0.1);
+        assert_eq!(starvation.longer(now, second).as_secs() / 10, 1);
+        for turn in 61..=70 {
+            let waited = Duration::ZERO;
+            starvation.spans.push_back(Span {
+                at: begin + second * turn,
+                length: second,
+                ran: second,
+                waited,
+            });
+        }
+        let now = begin + second * 70;
+        assert!(starvation.share(now, WINDOW) > 0.99);
+        assert!(starvation.share(now, second * 30) < 0.1);
+        assert_eq!(starvation.longer(now, second), second);
     }
 
     #[test]
@@ -162,26 +223,16 @@ mod tests {
         let begin = Instant::now();
         let mut starvation = Starvation::new(begin);
         let pace = Pace::default();
-        assert!(threads(std::process::id()).iter().any(|(_, (ran, _))| *ran > 0), "no schedstat");
         starvation.look(begin, None, &pace);
         assert!(starvation.threads.is_empty(), "too early");
-        starvation.look(begin + WINDOW, None, &pace);
-        assert!(!starvation.threads.is_empty());
-        starvation.look(begin + 2 * WINDOW, None, &pace);
-        assert!(starvation.share > 0.0 && starvation.share <= 1.0);
+        (1..4).for_each(|turn| starvation.look(begin + EVERY * turn, None, &pace));
+        // A kernel without CONFIG_SCHED_INFO says nothing.
+        if fs::read_to_string("/proc/self/schedstat").is_ok() {
+            assert!(starvation.threads.values().any(|(ran, _)| *ran > 0));
+            assert_eq!(starvation.spans.len(), 2);
+        }
+        let share = starvation.share(begin + EVERY * 3, WINDOW);
+        assert!(share > 0.0 && share <= 1.0, "{share}");
         assert!(threads(0).is_empty());
-    }
-
-    #[test]
-    fn starved_is_who_was_so_for_long() {
-        let mut starvation = Starvation::new(Instant::now());
-        let second = Duration::from_secs(1);
-        assert_eq!(starvation.longer(second), second);
-        starvation.share = 0.0;
-        assert_eq!(starvation.longer(second), 64 * second);
-        starvation.lately = 0.6;
-        assert_eq!(starvation.starved(), None);
-        starvation.lately = 0.2;
-        assert_eq!(starvation.starved(), Some(0.2));
     }
 }

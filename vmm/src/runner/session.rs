@@ -21,6 +21,8 @@ use crate::console::{Console, Item, SplatKind};
 use crate::event::{Event, EventSink};
 use crate::machine::{Machine, MachineExit};
 
+/// Seconds of processor time that a task may not have got on for; a little less than the guest's kernel is told (the agent's `boot.rs`).
+const HUNG_TASK_SECONDS: f64 = 27.0;
 /// Nothing on the console for so long: what was being said there has been said.
 const CONSOLE_IDLE: Duration = Duration::from_secs(1);
 /// Console lines shown of a guest that is lost.
@@ -120,6 +122,8 @@ pub struct Session<'a> {
     /// Heartbeats so far, and how many there were at the first violation.
     heartbeats: u64,
     starvation: Starvation,
+    /// A hung task was excused: it is said once.
+    hung_task_excused: bool,
     pace: &'a Pace,
     violated_at: Option<u64>,
     end: End,
@@ -172,6 +176,7 @@ impl<'a> Session<'a> {
             witnessed: false,
             heartbeats: 0,
             starvation: Starvation::new(given.start),
+            hung_task_excused: false,
             pace: given.pace,
             violated_at: None,
             end: End {
@@ -309,18 +314,14 @@ impl<'a> Session<'a> {
                     }
                     match splats::meaning(&splat, self.end.story.modules, self.complained) {
                         Meaning::Violation(violation) => {
-                            self.complained = true;
-                            // The kernel goes by its clock.
-                            if let (Rule::KernelHungTask, Some(share)) =
-                                (violation.rule, self.starvation.starved())
-                            {
-                                self.end.notes.push(format!(
-                                    "{}: not judged, for the guest had {:.0} % of the processor time that it wanted",
-                                    violation.summary,
-                                    share * 100.0
-                                ));
+                            if let Some(note) = self.excused(&violation) {
+                                if !self.hung_task_excused {
+                                    self.hung_task_excused = true;
+                                    self.end.notes.push(note);
+                                }
                                 continue;
                             }
+                            self.complained = true;
                             self.device.report(violation);
                         }
                         Meaning::Boot(text) => {
@@ -336,6 +337,22 @@ impl<'a> Session<'a> {
                 }
             }
         }
+    }
+
+    /// Why a hung task is not one: the kernel goes by its clock, whatever the guest gets of the host. It says so again while the task
+    /// does not get on, for more and more seconds, so that what hangs is not excused in the end.
+    fn excused(&self, violation: &Violation) -> Option<String> {
+        let seconds =
+            splats::hung_for(&violation.summary).filter(|_| violation.rule == Rule::KernelHungTask)?;
+        let share = self.starvation.share(Instant::now(), Duration::from_secs(seconds));
+        let excused = (seconds as f64) * share < HUNG_TASK_SECONDS;
+        excused.then(|| {
+            format!(
+                "{}: not judged, for the guest had {:.0} % of the processor time that it wanted",
+                violation.summary,
+                share * 100.0
+            )
+        })
     }
 
     fn garbled(&mut self, text: &str) {
@@ -466,7 +483,7 @@ impl<'a> Session<'a> {
             return true;
         }
         // A complaint has many lines, and a starved guest's come slowly.
-        if now.saturating_duration_since(self.last_console) >= self.starvation.longer(CONSOLE_IDLE) {
+        if now.saturating_duration_since(self.last_console) >= self.starvation.longer(now, CONSOLE_IDLE) {
             let mut items = Vec::new();
             self.console.idle(&mut items);
             self.items(items);

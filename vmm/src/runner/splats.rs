@@ -42,6 +42,12 @@ const OWN_WARNINGS: &[(&str, &str, &str)] = &[(
     "the scheduler's own timer, which came so late that it was queued again when it was put forward",
 )];
 
+/// For how many seconds a task has not got on, if that is what is said: `task NAME:PID blocked for more than N seconds`.
+pub fn hung_for(summary: &str) -> Option<u64> {
+    let words = summary.split_once(" blocked for more than ")?.1;
+    words.split_once(" seconds")?.0.parse().ok()
+}
+
 /// Why a warning is none of the driver's, if it is known to be so.
 fn own_warning(splat: &Splat) -> Option<&'static str> {
     let has = |what: &str| splat.lines.iter().any(|line| line.contains(what));
@@ -109,6 +115,14 @@ mod tests {
         assert_eq!(rule(meaning(&splat(SplatKind::Warn, "WARNING: x"), true, false)), Some(Rule::KernelWarn));
         let named = splat(SplatKind::Oops, "BUG: x in probe+0x1/0x2 [hmm_vgpu]");
         assert_eq!(rule(meaning(&named, false, false)), Some(Rule::KernelOops));
+    }
+
+    #[test]
+    fn a_hung_task_says_for_how_long() {
+        assert_eq!(hung_for("INFO: task kworker/u8:1:31 blocked for more than 61 seconds."), Some(61));
+        for other in ["", "INFO: task x blocked for more than many seconds.", "watchdog: BUG: soft lockup"] {
+            assert_eq!(hung_for(other), None, "{other}");
+        }
     }
 
     #[test]

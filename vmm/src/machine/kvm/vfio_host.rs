@@ -203,8 +203,8 @@ impl Host<'_> {
     fn cdev(&self, bdf: Bdf, device: &Path) -> Result<Vec<Node>> {
         let names = fs::read_dir(device.join("vfio-dev")).into_iter().flatten().flatten();
         let name = names.map(|entry| entry.file_name()).next().ok_or_else(|| {
-            Failure::environment(format!("--vfio {bdf}: the host has no vfio device node of its own for it"))
-                .remedy("use a host's kernel with CONFIG_VFIO_DEVICE_CDEV, or one with CONFIG_VFIO_GROUP")
+            Failure::environment(format!("--vfio {bdf}: vfio-pci has made no vfio device of it"))
+                .remedy("see in the kernel's log why not; a host's kernel before 6.2 hands devices over by groups only")
         })?;
         Ok(vec![
             Node {
@@ -214,7 +214,7 @@ impl Host<'_> {
             },
             Node {
                 path: self.dev.join("vfio/devices").join(name),
-                absent: "see that the device is bound to vfio-pci",
+                absent: "use a host's kernel with CONFIG_VFIO_DEVICE_CDEV, or one with CONFIG_VFIO_GROUP",
                 busy: "end the program that uses the device",
             },
         ])
@@ -416,9 +416,9 @@ mod tests {
         fs::remove_file(fake.path("dev/vfio/7")).unwrap();
         assert_eq!(fake.examine(GPU).unwrap().way, Way::Iommufd);
         fs::remove_file(fake.path("dev/vfio/devices/vfio3")).unwrap();
-        fake.refuses(GPU, "devices/vfio3 cannot be opened", "bound to vfio-pci");
+        fake.refuses(GPU, "devices/vfio3 cannot be opened", "CONFIG_VFIO_DEVICE_CDEV");
         fs::remove_dir(fake.path("sys/bus/pci/devices").join(GPU).join("vfio-dev/vfio3")).unwrap();
-        fake.refuses(GPU, "no vfio device node", "CONFIG_VFIO_DEVICE_CDEV");
+        fake.refuses(GPU, "made no vfio device", "before 6.2");
         // A kernel with neither, or with no module loaded.
         fs::remove_file(fake.path("dev/iommu")).unwrap();
         fake.refuses(GPU, "vfio/vfio cannot be opened", "vfio_iommu_type1");

@@ -77,23 +77,21 @@ fn whole(error: &dyn Error) -> String {
 fn refused(bdf: Bdf, error: &VfioError) -> Failure {
     let failure =
         Failure::environment(format!("--vfio {bdf}: the host does not hand it over: {}", whole(error)));
-    let unsafe_interrupts = |module: &str| {
-        format!(
-            "the IOMMU does not remap interrupts: turn that on (on a virtual one, intremap=on); or trust the guest with \
-             all interrupts of the host: {module}.allow_unsafe_interrupts=1"
-        )
-    };
     match error {
-        VfioError::ContainerSetIOMMU(errno) if errno.errno() == libc::EPERM => {
-            failure.remedy(unsafe_interrupts("vfio_iommu_type1"))
-        }
-        VfioError::VfioDeviceAttachIommufdPt(errno) if errno.errno() == libc::EPERM => {
-            failure.remedy(unsafe_interrupts("iommufd"))
-        }
+        VfioError::ContainerSetIOMMU(errno) if errno.errno() == libc::EPERM => failure.remedy(
+            "the IOMMU does not remap interrupts: turn that on (on a virtual one, intremap=on); or trust the guest with \
+             all interrupts of the host: vfio_iommu_type1.allow_unsafe_interrupts=1",
+        ),
+        // drivers/iommu/iommufd/device.c has it for both.
+        VfioError::VfioDeviceBindIommufd(errno) if errno.errno() == libc::EPERM => failure.remedy(
+            "either another program has a device of its IOMMU group: end that; or the IOMMU does not remap interrupts: turn \
+             that on (on a virtual one, intremap=on), or trust the guest with all interrupts of the host: \
+             iommufd.allow_unsafe_interrupts=1",
+        ),
         VfioError::GroupViable => failure.remedy("bind all devices of its IOMMU group to vfio-pci"),
         VfioError::OpenGroup(..) => failure.remedy("end the program that uses the group"),
         VfioError::VfioDeviceBindIommufd(errno) if matches!(errno.errno(), libc::EBUSY | libc::EINVAL) => {
-            failure.remedy("end the program that uses the device, or another of its IOMMU group")
+            failure.remedy("end the program that uses the device")
         }
         _ => failure,
     }
