@@ -202,7 +202,7 @@ mod tests {
         }
         let now = begin + second * 60;
         assert!(starvation.share(now, WINDOW) < 0.1);
-        assert_eq!(starvation.longer(now, second).as_secs() / 10, 1);
+        assert!((10..40).contains(&starvation.longer(now, second).as_secs()));
         for turn in 61..=70 {
             let waited = Duration::ZERO;
             starvation.spans.push_back(Span {

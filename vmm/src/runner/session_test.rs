@@ -187,7 +187,8 @@ fn a_hang_is_shown_with_stacks() {
         for beat in 1..40 {
             std::thread::sleep(Duration::from_millis(50));
             let _ = guest.inputs.send(Input::Heartbeat { counts: true });
-            if beat == 12 {
+            // Whenever this busy machine may have come to ask.
+            if beat >= 12 {
                 guest.print("[   40.1] task:agent           state:D stack:0     pid:88\r\n[   40.2]  down_write+0x1/0x2\r\n");
             }
         }
@@ -228,7 +229,7 @@ fn a_hang_over_a_fault_names_its_place() {
                 let fault = Violation::new(Rule::FaultUnanswered, "waits").at(Some(0x1000), None);
                 guest.violations.send(fault.on(Handle(7))).unwrap();
             }
-            if beat == 7 {
+            if beat >= 7 {
                 guest.print("task:kworker state:D pid:31\r\n mutex_lock+0x1/0x2\r\n");
             }
         }
