@@ -57,11 +57,18 @@ impl Act {
     }
 }
 
+/// The line to it.
+struct Line {
+    stream: UnixStream,
+    /// A request was not answered in time. It may still be, and the answer would be taken for that to the next.
+    broken: bool,
+}
+
 /// The other process, asked by any thread of this one. Ended when dropped.
 ///
 /// The lock is held from a request to its answer; nothing else is waited for meanwhile.
 pub(super) struct Helper {
-    line: Mutex<UnixStream>,
+    line: Mutex<Line>,
     _child: Child,
 }
 
@@ -77,20 +84,31 @@ impl Helper {
             nix::unistd::close(copy).doing("close")?;
             serve(theirs)
         })?;
-        Ok(Self { line: Mutex::new(ours), _child: child })
+        Ok(Self { line: Mutex::new(Line { stream: ours, broken: false }), _child: child })
     }
 
     /// Has something done to this process's memory at `address`; bytes that were done. Who may not do it at all says EPERM.
     pub(super) fn ask(&self, act: Act, address: u64) -> Checked<Result<usize, Errno>> {
         let trouble = |error: std::io::Error| Failure::wrong(format!("the helper does not answer: {error}"));
         let mut line = self.line.lock().map_err(|_| Failure::wrong("a thread panicked"))?;
-        for word in act.words(address) {
-            line.write_all(&word.to_ne_bytes()).map_err(trouble)?;
+        if line.broken {
+            return Err(Failure::wrong("the helper did not answer before"));
+        }
+        let answer = line.exchange(&act.words(address));
+        line.broken = answer.is_err();
+        let answer = answer.map_err(trouble)?;
+        Ok(usize::try_from(answer).map_err(|_| Errno::from_raw(answer.unsigned_abs() as i32)))
+    }
+}
+
+impl Line {
+    fn exchange(&mut self, words: &Words) -> std::io::Result<i64> {
+        for word in words {
+            self.stream.write_all(&word.to_ne_bytes())?;
         }
         let mut answer = [0; 8];
-        line.read_exact(&mut answer).map_err(trouble)?;
-        let answer = i64::from_ne_bytes(answer);
-        Ok(usize::try_from(answer).map_err(|_| Errno::from_raw(answer.unsigned_abs() as i32)))
+        self.stream.read_exact(&mut answer)?;
+        Ok(i64::from_ne_bytes(answer))
     }
 }
 
@@ -157,6 +175,19 @@ fn debug(pid: Pid, address: u64, word: u64) -> Result<usize, Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_late_answer_is_not_the_next_ones() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(std::time::Duration::from_millis(10))).unwrap();
+        let line = Mutex::new(Line { stream: ours, broken: false });
+        let helper = Helper { line, _child: Child::spawn(|_| Ok(())).unwrap() };
+        theirs.write_all(&8_i64.to_ne_bytes()).unwrap();
+        assert_eq!(helper.ask(Act::Poke(1), 0x1000).unwrap(), Ok(8));
+        assert!(helper.ask(Act::Poke(1), 0x1000).is_err(), "too late");
+        theirs.write_all(&8_i64.to_ne_bytes()).unwrap();
+        assert!(helper.ask(Act::Poke(2), 0x1000).is_err(), "the answer to another question");
+    }
 
     #[test]
     fn what_is_asked_arrives() {
