@@ -12,8 +12,9 @@ use crate::memory::{Mapping, PAGE, Pattern, peek};
 use crate::outcome::{Checked, Doing, Failure, require};
 use crate::process::{BOUND, Pause};
 
-/// How long a job may take. The host's watchdog has less patience, and can say who hangs.
-const JOB_BOUND: Duration = BOUND.saturating_mul(2);
+/// How long a job may take. The host's watchdog has less patience, and can say who hangs; in a guest that is starved it has more, up to here
+/// where the guest gets a fifth of what it wants.
+const JOB_BOUND: Duration = BOUND.saturating_mul(6);
 
 /// A job to be queued.
 #[derive(Clone, Copy, Debug)]

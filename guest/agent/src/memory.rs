@@ -335,8 +335,7 @@ pub(crate) fn peek(address: u64) -> Option<u64> {
     use nix::sys::uio::{RemoteIoVec, process_vm_readv};
     let mut word = [0; 8];
     let remote = RemoteIoVec { base: usize::try_from(address).ok()?, len: 8 };
-    let read =
-        process_vm_readv(nix::unistd::Pid::this(), &mut [std::io::IoSliceMut::new(&mut word)], &[remote]);
+    let read = process_vm_readv(nix::unistd::gettid(), &mut [std::io::IoSliceMut::new(&mut word)], &[remote]);
     matches!(read, Ok(8)).then(|| u64::from_ne_bytes(word))
 }
 

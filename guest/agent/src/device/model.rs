@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A device in software, for tests of the workloads themselves: it has no page tables, so it is always right.
 //!
-//! Jobs run on a thread for each queue and reach memory through process_vm_readv and _writev on this very process, which
+//! Jobs run on a thread for each queue and reach memory through process_vm_readv and _writev on this very thread, which
 //! answer with an error where an access would be a signal.
 #![allow(unsafe_code)] // the atomic job needs the CPU's own atomics, by address
 
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
-use nix::unistd::Pid;
+use nix::unistd::{getpid, gettid};
 use vgpu_spec::job::{
     FLAG_WRITE, JOB_BAD, JOB_FAULT, JOB_KILLED, JOB_OK, OP_ATOMIC_ADD, OP_CHECK, OP_COMPARE, OP_COPY,
     OP_FILL, OP_RANDOM, OP_STRIDED, random_index,
@@ -76,7 +76,7 @@ struct Queue {
 }
 
 fn this() -> i32 {
-    Pid::this().as_raw()
+    getpid().as_raw()
 }
 
 impl Open {
@@ -343,7 +343,7 @@ fn pattern_bytes(pattern: Pattern, bytes: usize) -> Vec<u8> {
 fn read_from(address: u64, bytes: usize) -> Result<Vec<u8>, Ended> {
     let mut data = vec![0; bytes];
     let remote = RemoteIoVec { base: address as usize, len: bytes };
-    match process_vm_readv(Pid::this(), &mut [IoSliceMut::new(&mut data)], &[remote]) {
+    match process_vm_readv(gettid(), &mut [IoSliceMut::new(&mut data)], &[remote]) {
         Ok(read) if read == bytes => Ok(data),
         _ => Err((JOB_FAULT, address)),
     }
@@ -351,7 +351,7 @@ fn read_from(address: u64, bytes: usize) -> Result<Vec<u8>, Ended> {
 
 fn write_to(address: u64, data: &[u8]) -> Result<(), Ended> {
     let remote = RemoteIoVec { base: address as usize, len: data.len() };
-    match process_vm_writev(Pid::this(), &[IoSlice::new(data)], &[remote]) {
+    match process_vm_writev(gettid(), &[IoSlice::new(data)], &[remote]) {
         Ok(written) if written == data.len() => Ok(()),
         _ => Err((JOB_FAULT, address)),
     }

@@ -3,6 +3,7 @@
 
 mod huge;
 mod many;
+mod threads;
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -12,6 +13,7 @@ use nix::unistd::ftruncate;
 use vgpu_spec::job::random_index;
 
 use super::Round;
+use super::boundary::hugetlb;
 use crate::client::{Context, Job};
 use crate::device::Device;
 use crate::memory::{Backing, HUGE, Mapping, PAGE, PAGE_WORDS, Pattern, Prot, WINDOW};
@@ -129,6 +131,9 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     round.case("anon-thp/split-by-protect", |rng| huge::split_by_protect(device, rng));
     round.case("every-queue-faults", |rng| many::queues(device, rng.next()));
     round.case("anon-4k/more-than-tables", |rng| many::regions(device, rng.next()));
+    round.case("anon-4k/under-signals", |rng| threads::signalled(device, rng));
+    round.case("anon-4k/without-first-thread", |rng| threads::leaderless(device, rng));
+    round.case("hugetlb/first-touch", |rng| hugetlb::first_touch(device, rng));
 }
 
 fn cpu_then_device(context: &Context, memory: &Memory, rng: &mut Rng) -> Checked {

@@ -70,6 +70,7 @@ fn passes(name: &'static str) {
         for case in round_of(name, 1, false) {
             // Not every host hands out huge pages, or has the driver's device in its sysfs; none holds tasks.
             let may_skip = case.case.contains("thp/")
+                || case.case.starts_with("hugetlb/")
                 || matches!(&*case.workload, "removal" | "migrate" | "races" | "unplug")
                 || case.case.starts_with("kill/")
                 || guest_protocol::of_group(guest_protocol::BOUNDARY).any(|name| name == case.workload);

@@ -11,6 +11,7 @@ use nix::unistd::ftruncate;
 
 use super::super::Round;
 use super::{Scene, some_pattern};
+use crate::client::Context;
 use crate::device::Device;
 use crate::kernel::{Settings, only_in_a_guest, read};
 use crate::memory::{Backing, HUGE, Mapping, PAGE, Pattern};
@@ -42,6 +43,20 @@ fn with_pool(body: impl FnOnce() -> Checked) -> Checked {
     let result = body();
     drop(settings);
     result
+}
+
+/// The device is the first to touch pages of the pool, in their middle.
+pub(in super::super) fn first_touch(device: &dyn Device, rng: &mut Rng) -> Checked {
+    with_pool(|| {
+        let map = Mapping::new(PAGES * HUGE, HUGE, Backing::HugePool).doing("mmap")?;
+        let context = Context::bind(device)?;
+        (0..PAGES).try_for_each(|page| {
+            let (at, pattern) = (page * HUGE + (1 + rng.index(HUGE / PAGE - 1)) * PAGE, some_pattern(rng));
+            context.fill(&map, at, PAGE, pattern)?;
+            context.cpu_check(&map, at, PAGE, pattern)?;
+            context.check(&map, page * HUGE, PAGE, Pattern::ZERO)
+        })
+    })
 }
 
 fn private(device: &dyn Device, rng: &mut Rng) -> Checked {

@@ -7,7 +7,7 @@
 
 pub(super) mod compaction;
 pub(super) mod damon;
-mod hugetlb;
+pub(super) mod hugetlb;
 pub(super) mod khugepaged;
 pub(super) mod ksm;
 mod memory_failure;
