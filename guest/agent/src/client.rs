@@ -12,10 +12,6 @@ use crate::memory::{Mapping, PAGE, Pattern, peek};
 use crate::outcome::{Checked, Doing, Failure, require};
 use crate::process::{BOUND, Pause};
 
-/// How long a job may take. The host's watchdog has less patience, and can say who hangs; in a guest that is starved it has more, up to here
-/// where the guest gets a fifth of what it wants.
-const JOB_BOUND: Duration = BOUND.saturating_mul(6);
-
 /// A job to be queued.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Job(Submit);
@@ -260,7 +256,7 @@ impl Context {
 
     /// Waits for a job, in bounded time.
     pub(crate) fn wait(&self, ticket: Ticket) -> Checked<Done> {
-        let until = Instant::now() + JOB_BOUND;
+        let until = Instant::now() + BOUND;
         loop {
             let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
             match self.file.wait(ticket.queue, ticket.fence, left) {
@@ -275,7 +271,7 @@ impl Context {
 
     /// Waits for a job, and does something every few milliseconds meanwhile, such as serving what it waits for.
     pub(crate) fn wait_and(&self, ticket: Ticket, mut meanwhile: impl FnMut() -> Checked) -> Checked<Done> {
-        let until = Instant::now() + JOB_BOUND;
+        let until = Instant::now() + BOUND;
         loop {
             match self.file.wait(ticket.queue, ticket.fence, Duration::from_millis(5)) {
                 Err(Errno::ETIME | Errno::EINTR) if Instant::now() < until => meanwhile()?,
