@@ -14,9 +14,9 @@ const QUEUES: usize = 2;
 const PAGES: usize = 12;
 
 /// Pages 2 MiB apart, so that each takes a table of leaves: more than the device has pages for tables (2,048 if not said otherwise).
-const REGIONS: usize = 2500;
+const REGIONS: usize = 2150;
 /// Every so many of them are read again, which were dropped for others.
-const AGAIN: usize = 4;
+const AGAIN: usize = 8;
 
 /// One context uses up what there is for its tables. Its driver has to make room: it alone is in its own way.
 pub(super) fn regions(device: &dyn Device, first: u64) -> Checked {

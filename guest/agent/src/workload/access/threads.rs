@@ -18,7 +18,7 @@ use crate::rng::Rng;
 /// How often a process is disturbed.
 const EVERY: Duration = Duration::from_micros(500);
 /// Jobs in that.
-const JOBS: usize = 6;
+const JOBS: usize = 4;
 
 /// Signals with a handler come in the middle of all waits. A job that was waited for has ended all the same: what it wrote is there.
 pub(super) fn signalled(device: &dyn Device, rng: &mut Rng) -> Checked {
