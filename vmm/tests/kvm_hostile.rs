@@ -20,8 +20,7 @@ use hmm_testbench::machine::small::{self, CODE};
 use hmm_testbench::machine::{Accel, MachineConfig, MachineExit};
 use hmm_testbench::runner::device::Device;
 use vgpu::gpu::GpuConfig;
-use vgpu::witness::GuestSink;
-use vgpu_spec::witness::Record;
+use vgpu::witness::Deaf;
 
 /// How long, without a word about it.
 const SECONDS: u64 = 5;
@@ -250,16 +249,6 @@ fn image(seed: u32) -> tempfile::NamedTempFile {
     let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
     file.write_all(&small::image(&code)).expect("room for the image");
     file
-}
-
-struct Deaf;
-
-impl GuestSink for Deaf {
-    fn message(&self, _: &[u8]) {}
-    fn heartbeat(&self, _: u64, _: u64) -> bool {
-        true
-    }
-    fn hello(&self, _: &Record) {}
 }
 
 /// One guest's life: how it ended. `letters` counts what it says.

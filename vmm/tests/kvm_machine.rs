@@ -13,8 +13,7 @@ use hmm_testbench::machine::kvm::{self, KvmOptions};
 use hmm_testbench::machine::{Accel, FunctionSlot, Machine, MachineConfig, MachineExit, small};
 use hmm_testbench::runner::device::{Device, GPU};
 use vgpu::gpu::GpuConfig;
-use vgpu::witness::GuestSink;
-use vgpu_spec::witness::Record;
+use vgpu::witness::Deaf;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -63,16 +62,6 @@ fn start_with(code: &[u8], cpus: u32, functions: Vec<FunctionSlot>) -> (Box<dyn 
 
 fn heard(console: &Console) -> String {
     String::from_utf8_lossy(&console.lock().expect("the console")).into_owned()
-}
-
-struct Deaf;
-
-impl GuestSink for Deaf {
-    fn message(&self, _: &[u8]) {}
-    fn heartbeat(&self, _: u64, _: u64) -> bool {
-        true
-    }
-    fn hello(&self, _: &Record) {}
 }
 
 /// Looks at the first function's identity for ever, and says `i` when it comes, `o` when it goes.

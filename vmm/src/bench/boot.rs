@@ -11,10 +11,11 @@ use std::time::Instant;
 
 use guest_protocol::{CONSOLE_PREFIX, Plan};
 use vgpu::gpu::GpuConfig;
+use vgpu::witness::Deaf;
 
 use super::figure::{Figure, Goal, median};
 use super::guest::{self, MEMORY};
-use super::start::{Deaf, Running, listen};
+use super::start::{Running, listen};
 use crate::cli::DEFAULT_CPUS;
 use crate::event::EventSink;
 use crate::failure::{Failure, Result};

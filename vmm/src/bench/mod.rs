@@ -195,17 +195,15 @@ mod tests {
         assert!(error.to_string().contains("bandwidth"), "{error}");
     }
 
+    fn bench(interrupted: &AtomicBool) -> Bench<'_> {
+        let events: Arc<dyn EventSink> = Arc::new(|_: Event| ());
+        Bench { kernel: "backports", events: Some(events), interrupted, figures: Vec::new(), failure: None }
+    }
+
     #[test]
     fn what_is_missing_is_not_passed_over() {
         let interrupted = AtomicBool::new(false);
-        let events: Arc<dyn EventSink> = Arc::new(|_: Event| ());
-        let mut bench = Bench {
-            kernel: "backports",
-            events: Some(events),
-            interrupted: &interrupted,
-            figures: Vec::new(),
-            failure: None,
-        };
+        let mut bench = bench(&interrupted);
         let figures = vec![Figure::new("a", "a", 1.0, "s", "")];
         bench.one("a", |_| Ok(Measured { figures, missing: vec!["registers: no device".to_owned()] }));
         assert_eq!(bench.figures.len(), 1);
@@ -217,14 +215,7 @@ mod tests {
     #[test]
     fn a_failure_does_not_stop_the_others_unless_the_machine_lacks_something() {
         let interrupted = AtomicBool::new(false);
-        let events: Arc<dyn EventSink> = Arc::new(|_: Event| ());
-        let mut bench = Bench {
-            kernel: "backports",
-            events: Some(events),
-            interrupted: &interrupted,
-            figures: Vec::new(),
-            failure: None,
-        };
+        let mut bench = bench(&interrupted);
         bench.one("a", |_| Err(Failure::inconclusive("lost")));
         bench.one("b", |_| Ok(Measured::all(vec![Figure::new("b", "b", 1.0, "s", "")])));
         assert_eq!(bench.figures.len(), 1);

@@ -9,8 +9,6 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
-use vgpu::witness::GuestSink;
-use vgpu_spec::witness::Record;
 
 use crate::failure::{Failure, Result};
 use crate::machine::ConsoleSink;
@@ -138,17 +136,6 @@ impl Drop for Running {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-/// Nothing that the witness says is of interest here.
-pub(super) struct Deaf;
-
-impl GuestSink for Deaf {
-    fn message(&self, _: &[u8]) {}
-    fn heartbeat(&self, _: u64, _: u64) -> bool {
-        true
-    }
-    fn hello(&self, _: &Record) {}
 }
 
 #[cfg(test)]

@@ -100,8 +100,8 @@ impl GuestSink for GuestLine {
         self.heartbeats.fetch_max(count, Ordering::SeqCst);
         // What was missed must be known before anybody is accused for it.
         let news = self.missed.fetch_max(missed, Ordering::SeqCst) < missed;
-        // If the queue is full there is enough life in it.
         let counts = self.pace.beat() || news;
+        // If the queue is full there is enough life in it.
         let _ = self.queue.try_send(Input::Heartbeat { counts });
         counts
     }

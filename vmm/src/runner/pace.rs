@@ -162,15 +162,22 @@ mod tests {
         assert!(starved.beat() && !starved.beat());
     }
 
+    impl Starvation {
+        /// So long ran and waited in a span that follows the others; its end.
+        fn span(&mut self, length: Duration, ran: Duration, waited: Duration) -> Instant {
+            self.at += length;
+            self.spans.push_back(Span { at: self.at, length, ran, waited });
+            self.at
+        }
+    }
+
     /// The share of a guest that ran and waited so many milliseconds of each half second, for a minute.
     fn share_of(ran: u64, waited: u64) -> f64 {
-        let begin = Instant::now();
-        let mut starvation = Starvation::new(begin);
-        for turn in 1..=120 {
-            let (ran, waited) = (Duration::from_millis(ran), Duration::from_millis(waited));
-            starvation.spans.push_back(Span { at: begin + EVERY * turn, length: EVERY, ran, waited });
+        let mut starvation = Starvation::new(Instant::now());
+        for _ in 0..120 {
+            starvation.span(EVERY, Duration::from_millis(ran), Duration::from_millis(waited));
         }
-        starvation.share(begin + EVERY * 120, WINDOW)
+        starvation.share(starvation.at, WINDOW)
     }
 
     #[test]
@@ -191,28 +198,15 @@ mod tests {
         let second = Duration::from_secs(1);
         assert!((starvation.share(begin, WINDOW) - 1.0).abs() < 1e-9, "nothing is known");
         // Starved for a minute, then ten seconds not. What one thread waited for long comes at once.
+        let mut now = begin;
         for turn in 1..=60 {
-            let waited = if turn % 3 == 0 { 60 * second } else { Duration::ZERO };
-            starvation.spans.push_back(Span {
-                at: begin + second * turn,
-                length: second,
-                ran: second,
-                waited,
-            });
+            now = starvation.span(second, second, if turn % 3 == 0 { 60 * second } else { Duration::ZERO });
         }
-        let now = begin + second * 60;
         assert!(starvation.share(now, WINDOW) < 0.1);
         assert!((10..40).contains(&starvation.longer(now, second).as_secs()));
-        for turn in 61..=70 {
-            let waited = Duration::ZERO;
-            starvation.spans.push_back(Span {
-                at: begin + second * turn,
-                length: second,
-                ran: second,
-                waited,
-            });
+        for _ in 0..10 {
+            now = starvation.span(second, second, Duration::ZERO);
         }
-        let now = begin + second * 70;
         assert!(starvation.share(now, WINDOW) > 0.99);
         assert!(starvation.share(now, second * 30) < 0.1);
         assert_eq!(starvation.longer(now, second), second);

@@ -60,9 +60,7 @@ pub fn gather(config: &RunConfig, events: Arc<dyn EventSink>, interrupted: &Atom
 fn provide(provisioner: &Provisioner, config: &RunConfig) -> Result<Parts> {
     let emulated = config.machine == MachineName::Qemu || config.nested;
     // Nobody waits for a download to be told that a name is wrong.
-    let mut kernels = vec![config.kernel.clone()];
-    kernels.extend(config.nested.then(|| config.outer_kernel.clone()));
-    provisioner.look(&kernels, &config.patches)?;
+    provisioner.look(std::slice::from_ref(&config.kernel), &config.patches)?;
     if let Some(driver) = &config.driver {
         is_module(driver)?;
     }

@@ -13,11 +13,12 @@ use guest_protocol::{CONSOLE_PREFIX, Message};
 use kvm_ioctls::Kvm;
 use tempfile::NamedTempFile;
 use vgpu::gpu::GpuConfig;
+use vgpu::witness::Deaf;
 use vgpu_spec::regs::gpu as regs;
 
 use super::exits;
 use super::program::{self, Access};
-use crate::bench::start::{Deaf, Ear, Running, listen};
+use crate::bench::start::{Ear, Running, listen};
 use crate::event::{Event, EventSink};
 use crate::failure::{Failure, Result};
 use crate::machine::kvm::{self, KvmOptions};

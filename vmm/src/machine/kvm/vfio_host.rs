@@ -108,23 +108,18 @@ impl Host<'_> {
             .iter()
             .map(|bdf| Ok((*bdf, self.examine(*bdf)?)))
             .collect::<Result<Vec<(Bdf, PathBuf)>>>()?;
-        let usable = |nodes: &dyn Fn(Bdf, &Path) -> Result<Vec<Node>>| {
+        let usable = |nodes: &dyn Fn(Bdf, &Path) -> Result<[Node; 2]>| {
             devices
                 .iter()
                 .try_for_each(|(bdf, path)| nodes(*bdf, path)?.iter().try_for_each(|node| node.usable(*bdf)))
         };
-        let iommufd = usable(&|bdf, path| self.cdev(bdf, path));
-        let way = match iommufd {
-            Ok(()) => Way::Iommufd,
-            // A kernel with groups can be without iommufd, and the other way round; one may be given away and the other not.
-            Err(no_iommufd) => {
-                usable(&|_, path| self.group(path)).map_err(|no_group| {
-                    if self.dev.join("vfio/vfio").exists() || !self.dev.join("iommu").exists() {
-                        no_group
-                    } else {
-                        no_iommufd
-                    }
-                })?;
+        // A kernel with groups can be without iommufd, and the other way round; one may be given away and the other not.
+        let iommufd_alone = self.dev.join("iommu").exists() && !self.dev.join("vfio/vfio").exists();
+        let way = match (usable(&|bdf, path| self.cdev(bdf, path)), iommufd_alone) {
+            (Ok(()), _) => Way::Iommufd,
+            (Err(failure), true) => return Err(failure),
+            (Err(_), false) => {
+                usable(&|_, path| Ok(self.group(path)))?;
                 Way::Groups
             }
         };
@@ -183,9 +178,9 @@ impl Host<'_> {
     }
 
     /// What has to be opened to have a device by its group. The path leads to a group: [`Self::examine`] has seen it.
-    fn group(&self, device: &Path) -> Result<Vec<Node>> {
+    fn group(&self, device: &Path) -> [Node; 2] {
         let group = device.join("iommu_group").canonicalize().ok().and_then(|group| name(&group));
-        Ok(vec![
+        [
             Node {
                 path: self.dev.join("vfio/vfio"),
                 absent: "load the modules vfio and vfio_iommu_type1",
@@ -196,17 +191,17 @@ impl Host<'_> {
                 absent: "see that the device is bound to vfio-pci",
                 busy: "end the program that uses the group",
             },
-        ])
+        ]
     }
 
     /// What has to be opened to have a device through iommufd.
-    fn cdev(&self, bdf: Bdf, device: &Path) -> Result<Vec<Node>> {
+    fn cdev(&self, bdf: Bdf, device: &Path) -> Result<[Node; 2]> {
         let names = fs::read_dir(device.join("vfio-dev")).into_iter().flatten().flatten();
         let name = names.map(|entry| entry.file_name()).next().ok_or_else(|| {
             Failure::environment(format!("--vfio {bdf}: vfio-pci has made no vfio device of it"))
                 .remedy("see in the kernel's log why not; a host's kernel before 6.2 hands devices over by groups only")
         })?;
-        Ok(vec![
+        Ok([
             Node {
                 path: self.dev.join("iommu"),
                 absent: "load the module iommufd",

@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use nix::sys::mman::MmapAdvise;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
@@ -10,7 +11,7 @@ use super::pattern;
 use crate::client::Context;
 use crate::device::Device;
 use crate::kernel::pass_over;
-use crate::memory::{HUGE, Mapping};
+use crate::memory::{HUGE, Mapping, Pattern};
 use crate::outcome::{Checked, Doing, require};
 use crate::process::{BOUND, Child, Parent, exit_now, leave_thread};
 use crate::rng::Rng;
@@ -76,9 +77,9 @@ fn goes_on(context: &Context, map: &Mapping, rng: &mut Rng) -> Checked {
         let pattern = pattern(rng);
         context.fill(map, 0, HUGE, pattern)?;
         context.cpu_check(map, 0, HUGE, pattern)?;
-        map.advise(0, HUGE, nix::sys::mman::MmapAdvise::MADV_DONTNEED).doing("madvise")?;
+        map.advise(0, HUGE, MmapAdvise::MADV_DONTNEED).doing("madvise")?;
     }
-    context.check(map, 0, HUGE, crate::memory::Pattern::ZERO)
+    context.check(map, 0, HUGE, Pattern::ZERO)
 }
 
 /// Whether the process's first thread has ended, while others may go on.
