@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A bound context and jobs on it, with the checks that every workload needs.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use vgpu_spec::job;
-use vgpu_spec::uapi::{Submit, Wait};
+use vgpu_spec::uapi::{self, Submit, Wait};
 
 use crate::device::{Device, DeviceFile};
 use crate::memory::{Mapping, PAGE, Pattern, peek};
-use crate::outcome::{Checked, Doing, Failure, require};
+use crate::outcome::{Checked, Doing, Failure, describe, require};
 use crate::process::{BOUND, Pause};
 
 /// A job to be queued.
@@ -166,6 +168,8 @@ impl std::fmt::Display for Done {
 pub(crate) struct Context {
     file: Box<dyn DeviceFile>,
     handle: u64,
+    /// The newest fence of each queue, whichever descriptor it was given to.
+    newest: Arc<[AtomicU64; uapi::QUEUES as usize]>,
 }
 
 impl Context {
@@ -186,7 +190,7 @@ impl Context {
                 other => break other.doing("bind")?,
             }
         };
-        let context = Self { file, handle };
+        let context = Self { file, handle, newest: Arc::default() };
         match device.associate(handle) {
             Err(Errno::ESRCH) => context.mirror(device)?,
             other => other.doing("associate")?,
@@ -198,7 +202,7 @@ impl Context {
     /// have to come after the first access.
     pub(crate) fn on(file: Box<dyn DeviceFile>) -> Checked<Self> {
         let handle = file.bind().doing("bind")?;
-        Ok(Self { file, handle })
+        Ok(Self { file, handle, newest: Arc::default() })
     }
 
     /// Tells the witness whose address space this context mirrors: the caller's.
@@ -237,9 +241,14 @@ impl Context {
         let mut pause = Pause::default();
         loop {
             match self.file.submit(&job.0) {
-                Ok(fence) => return Ok(Ticket { queue: job.0.queue, fence }),
+                Ok(fence) => {
+                    if let Some(newest) = self.newest.get(job.0.queue as usize) {
+                        newest.fetch_max(fence, Ordering::Relaxed);
+                    }
+                    return Ok(Ticket { queue: job.0.queue, fence });
+                }
                 Err(Errno::EAGAIN | Errno::EINTR) if Instant::now() < until => pause.take(),
-                Err(errno) => return Err(errno).doing("submit"),
+                Err(errno) => return Err(self.refusal(errno)).doing("submit"),
             }
         }
     }
@@ -251,7 +260,8 @@ impl Context {
 
     /// The same context through another descriptor.
     pub(crate) fn duplicate(&self) -> Checked<Self> {
-        Ok(Self { file: self.file.duplicate().doing("dup")?, handle: self.handle })
+        let newest = Arc::clone(&self.newest);
+        Ok(Self { file: self.file.duplicate().doing("dup")?, handle: self.handle, newest })
     }
 
     /// Waits for a job, in bounded time.
@@ -264,9 +274,40 @@ impl Context {
                     return Ok(Done::of(self.handle, &wait));
                 }
                 Err(Errno::EINTR) if Instant::now() < until => {}
-                Err(errno) => return Err(errno).doing("wait"),
+                Err(errno) => return Err(self.no_result(ticket, errno)).doing("wait"),
             }
         }
+    }
+
+    /// What it means that this context, which nobody has ended, refuses something.
+    ///
+    /// That the caller's address space lives is certain: it is the caller's. The driver is asked once more, so that a device
+    /// that has been taken away is not mistaken for it.
+    pub(crate) fn refusal(&self, errno: Errno) -> Failure {
+        let gone = matches!(errno, Errno::ENXIO | Errno::ESRCH)
+            && matches!(self.file.query(), Ok(query) if query.state != uapi::STATE_BOUND);
+        if gone {
+            let detail = format!("the context that this process has bound is gone: {}", describe(errno));
+            Failure::ended(self.handle, detail)
+        } else {
+            Failure::wrong(describe(errno))
+        }
+    }
+
+    /// The same of a job that has been waited for, about which nothing is known.
+    fn no_result(&self, ticket: Ticket, errno: Errno) -> Failure {
+        let newest =
+            self.newest.get(ticket.queue as usize).map_or(u64::MAX, |one| one.load(Ordering::Relaxed));
+        if errno == Errno::ENODATA && newest.saturating_sub(ticket.fence) < uapi::RESULTS {
+            let detail = format!(
+                "of job {} nothing is known, though only {} newer ones were submitted: {}",
+                ticket.fence,
+                newest - ticket.fence,
+                describe(errno)
+            );
+            return Failure::ended(self.handle, detail);
+        }
+        self.refusal(errno)
     }
 
     /// Waits for a job, and does something every few milliseconds meanwhile, such as serving what it waits for.
@@ -276,7 +317,7 @@ impl Context {
             match self.file.wait(ticket.queue, ticket.fence, Duration::from_millis(5)) {
                 Err(Errno::ETIME | Errno::EINTR) if Instant::now() < until => meanwhile()?,
                 other => {
-                    let wait = other.doing("wait")?;
+                    let wait = other.map_err(|errno| self.no_result(ticket, errno)).doing("wait")?;
                     return Ok(Done::of(self.handle, &wait));
                 }
             }
@@ -369,8 +410,43 @@ mod tests {
             let left = self.1.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1));
             if left.is_ok() { Err(Errno::ESRCH) } else { Ok(()) }
         }
-        fn declare(&self, range: &vgpu_spec::uapi::Stable, on: bool) -> Result<(), Errno> {
+        fn declare(&self, range: &uapi::Stable, on: bool) -> Result<(), Errno> {
             self.0.declare(range, on)
+        }
+    }
+
+    fn ended(failure: &Failure) -> bool {
+        matches!(failure, Failure::Mismatch(mismatch, _) if mismatch.reader == guest_protocol::Reader::Ended)
+    }
+
+    #[test]
+    fn a_context_that_is_gone_is_told_from_a_device_that_is() {
+        let device = Model::default();
+        let context = Context::bind(&device).unwrap();
+        let map = Mapping::small(PAGE).unwrap();
+        let job = Job::strided_write(map.at(0), 1, 8, 1);
+        context.run(job).unwrap();
+        context.file().unbind().unwrap();
+        assert!(ended(&context.run(job).unwrap_err()));
+        // A descriptor that is closed says nothing of the context.
+        context.file().close();
+        assert!(!ended(&context.run(job).unwrap_err()));
+    }
+
+    #[test]
+    fn of_the_newest_jobs_something_is_known() {
+        let device = Model::default();
+        let context = Context::bind(&device).unwrap();
+        let ticket = Ticket { queue: 0, fence: 7 };
+        for (newest, errno, gone) in [
+            (7, Errno::ENODATA, true),
+            (6 + uapi::RESULTS, Errno::ENODATA, true),
+            (7 + uapi::RESULTS, Errno::ENODATA, false),
+            (7, Errno::ETIME, false),
+            (7, Errno::ENXIO, false), // it is bound
+        ] {
+            context.newest[0].store(newest, SeqCst);
+            assert_eq!(ended(&context.no_result(ticket, errno)), gone, "{newest} {errno}");
         }
     }
 

@@ -46,6 +46,12 @@ impl Failure {
         Self::Mismatch(mismatch, detail)
     }
 
+    /// The context, or what it is to know, has gone before its owner let it go.
+    pub(crate) fn ended(context: u64, detail: String) -> Self {
+        let mismatch = Mismatch { context, address: 0, expected: 0, found: 0, reader: Reader::Ended };
+        Self::Mismatch(mismatch, detail)
+    }
+
     /// The same failure, with the step in which it happened.
     pub(crate) fn at(self, step: &str) -> Self {
         let join =
@@ -61,6 +67,7 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Mismatch(Mismatch { reader: Reader::Ended, .. }, detail) => out.write_str(detail),
             Self::Mismatch(m, detail) if m.expected == m.found => {
                 write!(out, "{detail} (at {:#x})", m.address)
             }
@@ -70,7 +77,7 @@ impl fmt::Display for Failure {
                 if detail.is_empty() { "" } else { ": " },
                 match m.reader {
                     Reader::Cpu => "CPU",
-                    Reader::Device | Reader::Refused => "device",
+                    Reader::Device | Reader::Refused | Reader::Ended => "device",
                 },
                 m.found,
                 m.address,

@@ -468,4 +468,6 @@ pub enum Reader {
     Device,
     /// Nobody: the device's access failed for good, where it should have been served.
     Refused,
+    /// Nobody: the context, or what it is to know of its newest jobs, has gone before its owner let it go. There is no address.
+    Ended,
 }

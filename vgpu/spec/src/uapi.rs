@@ -14,6 +14,13 @@ pub const DRIVER_MAGIC: u8 = b'v';
 /// The witness's ioctl type byte.
 pub const WITNESS_MAGIC: u8 = b'w';
 
+/// Queues of a context.
+pub const QUEUES: u32 = 2;
+/// How many of a queue's newest jobs can be asked about.
+pub const RESULTS: u64 = 256;
+/// [`Query::state`]: the context is bound.
+pub const STATE_BOUND: u32 = 1;
+
 /// `HMM_VGPU_BIND` (nr 1, read+write): binds the file to the caller's address space. Once a file. EBUSY if bound, ENOSPC if no context is free.
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

@@ -196,14 +196,17 @@ fn mismatch(case: &Case) -> Option<Violation> {
     let found = case.mismatch?;
     let reader = match found.reader {
         Reader::Cpu => "the CPU",
-        Reader::Device | Reader::Refused => "the device",
+        Reader::Device | Reader::Refused | Reader::Ended => "the device",
     };
     let rule = match found.reader {
         Reader::Cpu | Reader::Device => Rule::DataMismatch,
         Reader::Refused => Rule::FaultSpuriousFatal,
+        Reader::Ended => Rule::ContextEndedEarly,
     };
     let mut summary = format!("{}/{} (iteration {})", case.workload, case.case, case.iteration);
-    if found.reader == Reader::Refused {
+    if found.reader == Reader::Ended {
+        summary.push_str(": gone before its owner has let it go");
+    } else if found.reader == Reader::Refused {
         summary.push_str(&format!(": an access of the device to {:#x} failed for good", found.address));
     } else if found.expected == found.found {
         summary.push_str(&format!(": {reader} reached {:#x}", found.address));
@@ -216,7 +219,10 @@ fn mismatch(case: &Case) -> Option<Violation> {
     if let Some(detail) = &case.detail {
         summary.push_str(&format!(" ({detail})"));
     }
-    let mut violation = Violation::new(rule, summary).at(Some(found.address), None);
+    let mut violation = Violation::new(rule, summary);
+    if found.reader != Reader::Ended {
+        violation = violation.at(Some(found.address), None);
+    }
     if found.context != 0 {
         violation = violation.on(Handle(found.context));
     }
@@ -366,10 +372,14 @@ mod tests {
         let violation = story.message(&Message::Case(case(Outcome::Fail, Some(refused)))).unwrap();
         assert_eq!(violation.rule, Rule::FaultSpuriousFatal);
         assert!(violation.summary.contains("an access of the device to 0x1000 failed for good"));
+        let ended = Mismatch { reader: Reader::Ended, address: 0, expected: 0, found: 0, ..mismatch };
+        let violation = story.message(&Message::Case(case(Outcome::Fail, Some(ended)))).unwrap();
+        assert_eq!((violation.rule, violation.address), (Rule::ContextEndedEarly, None));
+        assert!(violation.summary.contains("gone before its owner has let it go (because)"));
         let result = &story.results("why")[0];
         assert_eq!(
             (result.failed, result.detail.as_deref()),
-            (3, Some("why; before, anonymous/fill: because"))
+            (4, Some("why; before, anonymous/fill: because"))
         );
     }
 

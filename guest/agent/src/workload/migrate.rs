@@ -41,7 +41,7 @@ pub(super) fn migrate(context: &Context, map: &Mapping, at: usize, bytes: usize,
     let way = if to == To::Device { "migrate to the device" } else { "migrate to the system" };
     match context.file().migrate(map.at(at), bytes as u64, to == To::Device) {
         Err(Errno::EOPNOTSUPP) => Err(Failure::Skip("the kernel has no device-private memory".to_owned())),
-        other => Ok(other.doing(way)? as usize),
+        other => Ok(other.map_err(|errno| context.refusal(errno)).doing(way)? as usize),
     }
 }
 
