@@ -204,7 +204,7 @@
 #define VGPU_JOB_OK 0x1
 /* Completion: its fault was cancelled; address says where. */
 #define VGPU_JOB_FAULT 0x2
-/* Completion: ended by CTX_KILL, CTX_RELEASE, QUEUE_DESTROY or a reset. */
+/* Completion: ended by CTX_KILL, CTX_RELEASE, QUEUE_DESTROY or a reset. Its interrupt may come after that command has completed. */
 #define VGPU_JOB_KILLED 0x3
 /* Completion: the job was not well formed. */
 #define VGPU_JOB_BAD 0x4

@@ -82,7 +82,7 @@ crate::constants! {
     JOB_OK: u32 = 1;
     /// Completion: its fault was cancelled; address says where.
     JOB_FAULT: u32 = 2;
-    /// Completion: ended by CTX_KILL, CTX_RELEASE, QUEUE_DESTROY or a reset.
+    /// Completion: ended by CTX_KILL, CTX_RELEASE, QUEUE_DESTROY or a reset. Its interrupt may come after that command has completed.
     JOB_KILLED: u32 = 3;
     /// Completion: the job was not well formed.
     JOB_BAD: u32 = 4;

@@ -10,7 +10,9 @@ use std::sync::atomic::{Ordering::SeqCst, fence};
 use parking_lot::MutexGuard;
 use vgpu_spec::command::{COMMAND_BYTES, Command, OP_INVALIDATE, STATUS_OK};
 use vgpu_spec::handle::Handle;
-use vgpu_spec::regs::gpu::{CMD_DONE_LO, CMD_HEAD, CMD_TAIL, ERROR_CMD_RING, VECTOR_EVENT};
+use vgpu_spec::regs::gpu::{
+    CMD_DONE_LO, CMD_HEAD, CMD_TAIL, ERROR_CMD_RING, VECTOR_COMPLETION, VECTOR_EVENT,
+};
 
 use super::context::State;
 use super::counters::count;
@@ -146,9 +148,21 @@ impl Device {
         self.signal.attach();
         while !self.stop.load(SeqCst) {
             self.jitter.before_commands();
-            if !self.run_commands() {
+            let more = self.run_commands();
+            self.raise_owed();
+            if !more {
                 self.signal.wait();
             }
+        }
+    }
+
+    /// Raises the interrupt for jobs that were killed. It comes when the command that killed them has been reported, and now and then some
+    /// time later: an interrupt is on its way for as long as it likes, and a driver that has waited for the command may have
+    /// forgotten the context by then. So whoever waits for such a job must not depend on it.
+    fn raise_owed(&self) {
+        if self.owed.swap(false, SeqCst) {
+            self.jitter.before_a_late_interrupt();
+            self.interrupts.raise(VECTOR_COMPLETION, &self.registers);
         }
     }
 

@@ -93,6 +93,8 @@ pub(crate) struct Device {
     pub(crate) atomics: Mutex<()>,
     /// A command waits for engines: they tell when a step or a queue's end is over.
     pub(crate) draining: AtomicBool,
+    /// An interrupt for jobs that were killed has not been raised yet.
+    pub(crate) owed: AtomicBool,
     pub(crate) stop: AtomicBool,
 }
 
@@ -144,6 +146,7 @@ impl Device {
             jitter: Jitter::new(config.jitter),
             atomics: Mutex::new(()),
             draining: AtomicBool::new(false),
+            owed: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         }
     }
@@ -284,11 +287,13 @@ impl Device {
             jitter: _,
             atomics: _,
             draining,
+            owed,
             stop: _,
         } = self;
         *core = Core::default();
         *ring_request.lock() = None;
         draining.store(false, SeqCst);
+        owed.store(false, SeqCst);
         registers.reset();
         faults.reset();
         for queue in queues {

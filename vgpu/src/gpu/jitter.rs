@@ -16,6 +16,8 @@ const COMMANDS: (u64, u64) = (160, 3_000);
 const BETWEEN: (u64, u64) = (64, 1_000);
 /// Once in so many steps that end while a drain waits, and for how long at most, in microseconds.
 const STEPS: (u64, u64) = (16, 1_500);
+/// Once in so many interrupts for jobs that were killed, and for how long at most.
+const INTERRUPTS: (u64, u64) = (8, 1_500);
 /// Chances are drawn in spells of so many, of which one in so many is slow: every second chance is taken. Threads of a driver that
 /// wait for each other meet only where several waits come together.
 const SPELL: (u64, u64) = (64, 16);
@@ -41,6 +43,11 @@ impl Jitter {
     /// To be called with no lock held, after an INVALIDATE and before the command behind it.
     pub(crate) fn after_an_invalidation(&self) {
         self.pause(BETWEEN);
+    }
+
+    /// To be called with no lock held, when the command that an interrupt comes from has been reported.
+    pub(crate) fn before_a_late_interrupt(&self) {
+        self.pause(INTERRUPTS);
     }
 
     /// To be called at the end of a step, while it is still published and a drain waits.

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use vgpu_spec::fault::FaultEntry;
 use vgpu_spec::handle::{Handle, Kind};
 use vgpu_spec::job::{COMPLETION_BYTES, Completion, FLAG_NO_IRQ, JOB_BYTES, JOB_KILLED, Job};
-use vgpu_spec::regs::gpu::{ERROR_QUEUE, VECTOR_COMPLETION};
+use vgpu_spec::regs::gpu::ERROR_QUEUE;
 
 use super::counters::count;
 use super::device::Device;
@@ -240,11 +240,13 @@ impl Device {
                 Err(_) => self.stop_queue(run),
             }
         }
-        if interrupt {
-            self.interrupts.raise(VECTOR_COMPLETION, &self.registers);
-        }
         run.kill_seen = order;
         queue.killed.store(order, SeqCst);
+        if interrupt {
+            // Later: see `Device::raise_owed`.
+            self.owed.store(true, SeqCst);
+            self.signal.notify();
+        }
         self.wake_drains();
     }
 
