@@ -32,6 +32,37 @@ pub(crate) fn exit_now(status: i32) -> ! {
     unsafe { nix::libc::_exit(status) }
 }
 
+/// Has a child close its copies of all files but the first three, as whatever starts programs does: a child of vfork(), which has this
+/// process's memory and not its table of files, and for whose end the caller waits.
+pub(crate) fn close_files_in_vfork() -> Checked {
+    /// For one system call.
+    const STACK: usize = 4096;
+    extern "C" fn child(_: *mut nix::libc::c_void) -> nix::libc::c_int {
+        // SAFETY: plain numbers. The table of files is the child's own. errno is the parent's, which is stopped meanwhile.
+        let closed = unsafe { nix::libc::syscall(nix::libc::SYS_close_range, 3, u32::MAX, 0) };
+        i32::from(closed != 0)
+    }
+    let mut stack = vec![0_u128; STACK];
+    let flags = nix::libc::CLONE_VM | nix::libc::CLONE_VFORK | nix::libc::SIGCHLD;
+    // SAFETY: the stack is the child's until this call returns, since CLONE_VFORK has the caller wait for its end, and grows down
+    // from the end of the vector; the child touches nothing else, and ends itself when its function returns.
+    let pid =
+        unsafe { nix::libc::clone(child, stack.as_mut_ptr_range().end.cast(), flags, std::ptr::null_mut()) };
+    let pid = Pid::from_raw(Errno::result(pid).doing("vfork")?);
+    loop {
+        match waitpid(pid, None) {
+            Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
+            Ok(ended) => {
+                return Err(Failure::wrong(format!(
+                    "the child of vfork() could not close its files: {ended:?}"
+                )));
+            }
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno).doing("waitpid"),
+        }
+    }
+}
+
 /// Ends this thread and no other. Nothing of it is dropped, and its stack stays as it is.
 pub(crate) fn leave_thread() -> ! {
     loop {

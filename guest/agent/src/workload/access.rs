@@ -129,6 +129,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     round.case("anon-thp/leaves", |rng| huge::leaves(device, rng));
     round.case("anon-thp/split-by-unmap", |rng| huge::split_by_unmap(device, rng));
     round.case("anon-thp/split-by-protect", |rng| huge::split_by_protect(device, rng));
+    round.case("burst", |rng| many::burst(device, rng.next()));
     round.case("every-queue-faults", |rng| many::queues(device, rng.next()));
     round.case("anon-4k/more-than-tables", |rng| many::regions(device, rng.next()));
     round.case("anon-4k/under-signals", |rng| threads::signalled(device, rng));

@@ -27,6 +27,7 @@ use crate::rng::Rng;
 
 use super::Round;
 use super::access::memory_file;
+use super::migrate::{To, migrate_all};
 
 /// Rounds in the default suite.
 pub(super) const ROUNDS: u64 = 2;
@@ -53,6 +54,20 @@ const MAPPING: &str = "entry:dma_map_page_attrs";
 /// How long the handler gets to come to another lock.
 const NEXT: Duration = Duration::from_millis(200);
 
+/// A moment at which tasks are held, and what is tried there.
+struct Moment {
+    name: &'static str,
+    play: Play,
+    drops: &'static [(Drop, &'static str)],
+}
+
+/// Where tasks are held, who is, and what for.
+struct Place {
+    at: &'static str,
+    whom: &'static str,
+    moments: &'static [Moment],
+}
+
 /// How a moment is made and used; the number says before which of its locks a handler is held.
 type Play = fn(&Scene, usize, Gates<'_>, &Hold<'_>, &mut Rng) -> Checked;
 
@@ -63,6 +78,8 @@ enum Drop {
     DontNeedHuge,
     PunchHole,
     Truncate,
+    /// As PunchHole, of the only page of a file that is mapped as if it had more.
+    PunchHoleOfOne,
 }
 
 const DROPS: [(Drop, &str); 4] = [
@@ -70,6 +87,39 @@ const DROPS: [(Drop, &str); 4] = [
     (Drop::DontNeedHuge, "dontneed/thp"),
     (Drop::PunchHole, "punch-hole/file"),
     (Drop::Truncate, "truncate/file"),
+];
+
+/// What can be on the device.
+const MOVABLE: [(Drop, &str); 1] = [(Drop::DontNeed, "dontneed/4k")];
+/// Where a driver that asks for more than the page of the fault is refused, and has to ask again.
+const REFUSED: [(Drop, &str); 1] = [(Drop::PunchHoleOfOne, "punch-hole/last-page")];
+
+const PLACES: [Place; 4] = [
+    Place {
+        at: FOUND,
+        whom: "",
+        moments: &[
+            Moment { name: "found", play: found, drops: &DROPS },
+            Moment { name: "found-again", play: found_again, drops: &DROPS },
+            Moment { name: "found-on-device", play: found_on_device, drops: &MOVABLE },
+            Moment { name: "found-at-last", play: found_at_last, drops: &REFUSED },
+        ],
+    },
+    Place {
+        at: "entry:mutex_lock",
+        whom: HANDLER,
+        moments: &[Moment { name: "locking", play: locking, drops: &DROPS }],
+    },
+    Place {
+        at: MAPPING,
+        whom: HANDLER,
+        moments: &[Moment { name: "mapping", play: mapping, drops: &DROPS }],
+    },
+    Place {
+        at: "return:__mmu_notifier_invalidate_range_start",
+        whom: DROPPER,
+        moments: &[Moment { name: "told", play: told, drops: &DROPS }],
+    },
 ];
 
 /// Memory of which a part goes.
@@ -85,59 +135,69 @@ struct Scene {
 
 /// The cases of a round.
 pub(super) fn round(round: &mut Round<'_, '_>) {
-    let (device, gates) = (round.device(), round.gates());
-    let moments: [(&str, &str, &str, Play); 5] = [
-        (FOUND, "", "found", found),
-        (FOUND, "", "found-again", found_again),
-        ("entry:mutex_lock", HANDLER, "locking", locking),
-        (MAPPING, HANDLER, "mapping", mapping),
-        ("return:__mmu_notifier_invalidate_range_start", DROPPER, "told", told),
-    ];
-    for (place, whom, moment, play) in moments {
+    for place in &PLACES {
         // What is certain need not be done twice, where others depend on chance.
-        if moment == "mapping" && round.iteration > 0 {
+        if place.at == MAPPING && round.iteration > 0 {
             continue;
         }
         // Once for all of them: hooking a function, and unhooking it, takes the kernel a while.
-        let hold = match moment {
-            // A kernel that proves its locks has it under another name.
-            "locking" => match gates.hold_after(FOUND, place, whom) {
-                Ok(None) => gates.hold_after(FOUND, "entry:mutex_lock_nested", whom),
-                hold => hold,
-            },
-            "mapping" => gates.hold_after(FOUND, place, whom),
-            _ => gates.hold(place, whom),
-        };
-        let locks = if moment == "locking" { LOCKS } else { 1 };
-        let absent = Cell::new(0);
-        for (lock, (drop, name)) in (0..locks).flat_map(|lock| DROPS.map(|drop| (lock, drop))) {
-            let number = if locks > 1 { format!("-{}", lock + 1) } else { String::new() };
-            round.case(&format!("{moment}{number}/{name}"), |rng| {
-                let hold = match &hold {
-                    Ok(Some(hold)) => hold,
-                    Ok(None) => return Err(Failure::Skip(format!("nobody can be held at {place} here"))),
-                    Err(failure) => return Err(failure.clone()),
-                };
-                // Each that is waited for in vain takes long.
-                if absent.get() >= ABSENT {
-                    return Err(nobody_came());
-                }
-                let scene = Scene::new(device, drop, rng)?;
-                let played = play(&scene, lock, gates, hold, rng);
-                // Whatever happened, nobody is to be held when the next case prepares.
-                hold.open()?;
-                absent.set(if matches!(played, Err(Failure::Skip(_))) { absent.get() + 1 } else { 0 });
-                played
-            });
+        let hold = hold_at(round.gates(), place);
+        for moment in place.moments {
+            play_moment(round, place.at, moment, &hold);
         }
+    }
+}
+
+fn hold_at<'a>(gates: Gates<'a>, place: &Place) -> Checked<Option<Hold<'a>>> {
+    if place.whom != HANDLER {
+        return gates.hold(place.at, place.whom);
+    }
+    match gates.hold_after(FOUND, place.at, HANDLER)? {
+        // A kernel that proves its locks has it under another name.
+        None if place.at != MAPPING => gates.hold_after(FOUND, "entry:mutex_lock_nested", HANDLER),
+        hold => Ok(hold),
+    }
+}
+
+fn play_moment(round: &mut Round<'_, '_>, at: &str, moment: &Moment, hold: &Checked<Option<Hold<'_>>>) {
+    let (device, gates) = (round.device(), round.gates());
+    let locks = if moment.name == "locking" { LOCKS } else { 1 };
+    let absent = Cell::new(0);
+    for (lock, &(drop, name)) in (0..locks).flat_map(|lock| moment.drops.iter().map(move |drop| (lock, drop)))
+    {
+        let number = if locks > 1 { format!("-{}", lock + 1) } else { String::new() };
+        round.case(&format!("{}{number}/{name}", moment.name), |rng| {
+            let hold = match hold {
+                Ok(Some(hold)) => hold,
+                Ok(None) => return Err(Failure::Skip(format!("nobody can be held at {at} here"))),
+                Err(failure) => return Err(failure.clone()),
+            };
+            // Each that is waited for in vain takes long.
+            if absent.get() >= ABSENT {
+                return Err(nobody_came());
+            }
+            let scene = Scene::new(device, drop, rng)?;
+            let played = (moment.play)(&scene, lock, gates, hold, rng);
+            // Whatever happened, nobody is to be held when the next case prepares.
+            hold.open()?;
+            absent.set(if matches!(played, Err(Failure::Skip(_))) { absent.get() + 1 } else { 0 });
+            played
+        });
     }
 }
 
 impl Scene {
     fn new(device: &dyn Device, drop: Drop, rng: &mut Rng) -> Checked<Self> {
-        let bytes = if drop == Drop::DontNeedHuge { HUGE } else { PAGES * PAGE };
-        let file =
-            matches!(drop, Drop::PunchHole | Drop::Truncate).then(|| memory_file(bytes)).transpose()?;
+        let bytes = match drop {
+            Drop::DontNeedHuge => HUGE,
+            Drop::PunchHoleOfOne => 4 * PAGE,
+            _ => PAGES * PAGE,
+        };
+        let file = match drop {
+            Drop::PunchHole | Drop::Truncate => Some(memory_file(bytes)?),
+            Drop::PunchHoleOfOne => Some(memory_file(PAGE)?),
+            Drop::DontNeed | Drop::DontNeedHuge => None,
+        };
         let map = match &file {
             Some(file) => Mapping::new(bytes, PAGE, Backing::FileShared(file.as_fd(), 0)),
             None if drop == Drop::DontNeedHuge => Mapping::huge(bytes),
@@ -146,20 +206,24 @@ impl Scene {
         .doing("mmap")?;
         let context = Context::bind(device)?;
         let pages = bytes / PAGE;
-        let first = rng.index(pages);
+        let first = if drop == Drop::PunchHoleOfOne { 0 } else { rng.index(pages) };
         let hole = match drop {
             Drop::DontNeedHuge if rng.once_in(2) => (0, bytes),
             Drop::Truncate => (first * PAGE, bytes - first * PAGE),
+            Drop::PunchHoleOfOne => (0, PAGE),
             _ => (first * PAGE, (1 + rng.index((pages - first).min(8))) * PAGE),
         };
         let access = hole.0 + rng.index(hole.1 / PAGE) * PAGE;
         Ok(Self { context, map, file, drop, hole, access })
     }
 
-    /// A job that reads or writes one word in the hole.
+    /// A job that reads or writes one word in the hole; or all of two pages, of which there is but one.
     fn submit(&self, rng: &mut Rng) -> Checked<Ticket> {
         let at = self.map.at(self.access);
-        let job = if rng.once_in(2) {
+        let pattern = Pattern { first: rng.next(), step: 1 };
+        let job = if self.drop == Drop::PunchHoleOfOne {
+            if rng.once_in(2) { Job::fill(at, 2 * PAGE, pattern) } else { Job::check(at, 2 * PAGE, pattern) }
+        } else if rng.once_in(2) {
             Job::strided_write(at, 1, 8, rng.next())
         } else {
             Job::strided_read(at, 1, 8)
@@ -174,7 +238,7 @@ impl Scene {
             Drop::DontNeed | Drop::DontNeedHuge => {
                 self.map.advise(at, bytes, MmapAdvise::MADV_DONTNEED).doing("madvise")
             }
-            Drop::PunchHole => {
+            Drop::PunchHole | Drop::PunchHoleOfOne => {
                 let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
                 fallocate(file()?, mode, at as i64, bytes as i64).doing("fallocate")
             }
@@ -185,7 +249,12 @@ impl Scene {
     /// The job ended as it may: what it was about may have gone before it came.
     fn ended(&self, ticket: Ticket) -> Checked {
         let done = self.context.wait(ticket)?;
-        if self.drop == Drop::Truncate { done.ok_or_fault() } else { done.ok() }.map(|_| ())
+        match self.drop {
+            Drop::Truncate => done.ok_or_fault(),
+            Drop::PunchHoleOfOne => return done.faulted_at(self.map.at(PAGE)).doing("behind the only page"),
+            _ => done.ok(),
+        }
+        .map(|_| ())
     }
 
     /// What the device has there now is what the CPU has.
@@ -247,6 +316,22 @@ fn found_again(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut
         scene.apply()?;
         if hold.admit(NEXT)? { scene.apply() } else { Ok(()) }
     })
+}
+
+/// What the fault handler has found is a page that is on the device; it goes as any other does.
+fn found_on_device(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
+    let (at, bytes) = scene.hole;
+    scene.map.touch(at, bytes);
+    migrate_all(&scene.context, &scene.map, at, bytes, To::Device)?;
+    while_held(scene, hold, rng, |came| if came { scene.apply() } else { Ok(()) })
+}
+
+/// The fault handler was refused what it asked for, since not all of it is there, and is held with what it has found when it has asked for
+/// less.
+fn found_at_last(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
+    let (at, bytes) = scene.hole;
+    scene.map.touch(at, bytes);
+    while_held(scene, hold, rng, |came| if came && hold.admit(NEXT)? { scene.apply() } else { Ok(()) })
 }
 
 /// The fault handler has found its page and is held when it is about to take a lock, the first or one of the next; the memory

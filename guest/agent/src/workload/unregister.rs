@@ -15,7 +15,7 @@ use crate::client::{Context, Job};
 use crate::device::{Device, DeviceFile};
 use crate::memory::{Backing, HUGE, Mapping, PAGE, Pattern, WINDOW};
 use crate::outcome::{Checked, Doing, Failure, describe, require};
-use crate::process::{BOUND, Child, exit_now};
+use crate::process::{BOUND, Child, close_files_in_vfork, exit_now};
 use crate::rng::Rng;
 
 /// Rounds in the default suite.
@@ -26,12 +26,13 @@ const REBINDS: usize = 24;
 /// One round.
 pub(super) fn round(round: &mut Round<'_, '_>) {
     type Body = fn(&dyn Device, &mut Rng) -> Checked;
-    let bodies: [(&str, Body); 19] = [
+    let bodies: [(&str, Body); 20] = [
         ("close/idle", |device, rng| close(device, rng, false)),
         ("close/running", |device, rng| close(device, rng, true)),
         ("close/thread", close_from_thread),
         ("close/duplicate", close_duplicates),
         ("close/child", close_in_child),
+        ("close/vfork", close_in_vfork),
         ("close/last-in-child", close_last_in_child),
         ("close/exit-race", close_races_exit),
         ("close/any-order", close_in_any_order),
@@ -147,6 +148,18 @@ fn close_in_child(device: &dyn Device, rng: &mut Rng) -> Checked {
     })?;
     child.join()?;
     context.check(&used.map, 0, WINDOW, used.pattern)
+}
+
+/// A child of vfork() has the parent's memory, and so looks like it; that it closes what it has inherited means nothing to the
+/// parent all the same.
+fn close_in_vfork(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let context = Context::bind(device)?;
+    let used = Used::new(&context, rng)?;
+    close_files_in_vfork()?;
+    context.check(&used.map, 0, WINDOW, used.pattern).doing("when its memory's other user had closed it")?;
+    used.read_for_long(&context, rng)?;
+    close_files_in_vfork()?;
+    context.check(&used.map, 0, WINDOW, used.pattern).doing("the same at work")
 }
 
 /// The parent closes first; the child's exit is the last close, from an address space that was never mirrored.

@@ -13,6 +13,12 @@ const QUEUES: usize = 2;
 /// Pages that each queue faults in, one after the other.
 const PAGES: usize = 12;
 
+/// Jobs that end at once, and how often.
+const BURST: usize = 24;
+const BURSTS: u64 = 4;
+/// Accesses of the job that they wait behind.
+const PLUG: u64 = 1 << 15;
+
 /// Pages 2 MiB apart, so that each takes a table of leaves: more than the device has pages for tables (2,048 if not said otherwise).
 const REGIONS: usize = 2150;
 /// Every so many of them are read again, which were dropped for others.
@@ -38,6 +44,32 @@ pub(super) fn regions(device: &dyn Device, first: u64) -> Checked {
     let count = REGIONS.div_ceil(AGAIN) as u64;
     let read = context.run(Job::strided_read(map.at(0), count, AGAIN * HUGE))?.ok()?;
     require(read.result == sum, || format!("the device should have summed {sum:#x}: {read}"))
+}
+
+/// Short jobs behind a long one, of which only the last is waited for: they end all at once, and an interrupt may stand for any number of
+/// them.
+pub(super) fn burst(device: &dyn Device, first: u64) -> Checked {
+    let context = Context::bind(device)?;
+    let map = Mapping::small((1 + BURST) * PAGE).doing("mmap")?;
+    map.touch(0, map.bytes());
+    context.run(Job::strided_write(map.at(0), 1 + BURST as u64, PAGE, 0))?.ok()?;
+    for round in 0..BURSTS {
+        let first = first.wrapping_add(round);
+        let mut last = context.submit(Job::random_read(map.at(0), PAGE, PLUG, first))?;
+        for job in 0..BURST {
+            let word = first.wrapping_add(job as u64);
+            last = context.submit(Job::strided_write(map.at((1 + job) * PAGE), 1, 8, word))?;
+        }
+        context.wait(last)?.ok()?;
+        for job in 0..BURST {
+            let (at, expected) = ((1 + job) * PAGE, first.wrapping_add(job as u64));
+            let found = map.load(at);
+            if found != expected {
+                return Err(Failure::cpu(context.handle(), map.at(at), expected, found));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Each queue writes pages of its own that nobody has touched, so that each page is a fault, and 112 of them wait at a time. With

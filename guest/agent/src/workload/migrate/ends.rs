@@ -19,6 +19,9 @@ const PAGES: usize = WINDOW / PAGE;
 /// Accesses of a job that is still at work when something happens.
 const LOAD: u64 = 30_000;
 
+/// Processes that are killed while they migrate.
+const KILLS: usize = 6;
+
 /// What is done to the memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Op {
@@ -34,6 +37,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
             round.case(&format!("{name}/{load}"), |rng| change(device, rng, op, running));
         }
     }
+    round.case("kill/migrating", |rng| killed_migrating(device, rng));
     round.case("fork/cpu", |rng| fork(device, rng, false));
     round.case("fork/device", |rng| fork(device, rng, true));
     round.case("fork/parent-closes", |rng| parent_closes(device, rng));
@@ -218,4 +222,24 @@ fn killed(device: &dyn Device, rng: &mut Rng, running: bool) -> Checked {
     child.wait_ready()?;
     child.signal(Signal::SIGKILL)?;
     child.join_killed(Signal::SIGKILL)
+}
+
+/// Killed in the middle of migrations both ways, at some moment or other.
+fn killed_migrating(device: &dyn Device, rng: &mut Rng) -> Checked {
+    const BYTES: usize = 4 * WINDOW;
+    for _ in 0..KILLS {
+        let mut child = Child::spawn(|parent| {
+            let placed = Placed::unmoved(device, rng, BYTES)?;
+            parent.ready(0);
+            loop {
+                migrate(&placed.context, &placed.map, 0, BYTES, To::Device)?;
+                migrate(&placed.context, &placed.map, 0, BYTES, To::System)?;
+            }
+        })?;
+        child.wait_ready()?;
+        std::thread::sleep(Duration::from_micros(rng.below(8_000)));
+        child.signal(Signal::SIGKILL)?;
+        child.join_killed(Signal::SIGKILL)?;
+    }
+    Ok(())
 }

@@ -14,6 +14,10 @@ use crate::rng::Rng;
 use crate::workload::access::memory_file;
 
 const PAGES: usize = WINDOW / PAGE;
+/// Bytes of the device's own memory.
+const VRAM: usize = 8 * HUGE;
+/// Pages of it that another context has, at the most.
+const FEW: usize = 7;
 
 pub(super) fn round(round: &mut Round<'_, '_>) {
     type Body = fn(&dyn Device, &mut Rng) -> Checked;
@@ -194,17 +198,20 @@ fn private_file(device: &dyn Device, rng: &mut Rng) -> Checked {
     context.cpu_check(&whole, 0, WINDOW, old).doing("in the file")
 }
 
-/// More memory than the device has: what finds no room stays.
+/// More memory than the device has: what finds no room stays. Another context has a few pages, so that the device is full in the
+/// middle of whatever its driver moves at a time: what was begun must be brought to an end.
 fn vram_full(device: &dyn Device, rng: &mut Rng) -> Checked {
-    /// The device has 16 MiB.
-    const BYTES: usize = 9 * HUGE;
+    const BYTES: usize = VRAM + HUGE;
+    let few = (1 + rng.index(FEW)) * PAGE;
+    let other = Placed::unmoved(device, rng, few)?;
+    migrate_all(&other.context, &other.map, 0, few, To::Device)?;
     let context = Context::bind(device)?;
     let map = Mapping::huge(BYTES).doing("mmap")?;
     let pattern = Pattern { first: rng.next(), step: rng.next() | 1 };
     context.fill(&map, 0, map.bytes(), pattern)?;
     let moved = migrate(&context, &map, 0, map.bytes(), To::Device)?;
     let has = on_device(&context)?;
-    require(moved as u64 == has && moved < map.bytes() / PAGE, || {
+    require(moved as u64 == has && moved <= (VRAM - few) / PAGE, || {
         format!("{moved} of {} pages went, and the device has {has}", map.bytes() / PAGE)
     })?;
     context.check(&map, 0, map.bytes(), pattern)?;
@@ -221,5 +228,6 @@ fn vram_full(device: &dyn Device, rng: &mut Rng) -> Checked {
     for page in [0, HUGE - PAGE, HUGE, map.bytes() - PAGE] {
         context.cpu_check(&map, page, PAGE, pattern.from(page))?;
     }
-    Ok(())
+    other.device_sees(0, few)?;
+    other.cpu_sees(0, few)
 }
