@@ -73,6 +73,10 @@ const LOCKS: &[&str] = &[
 const SPINS: &[&str] =
     &["spin_lock_slowpath", "read_lock_slowpath", "write_lock_slowpath", "osq_lock", "spin_on_owner"];
 
+/// Functions in which a task sleeps for a time and not for an event.
+const SLEEPS: &[&str] =
+    &["schedule_timeout_uninterruptible", "schedule_hrtimeout", "msleep", "usleep_range", "fsleep"];
+
 /// Lines of one task kept at most: a recursion has no end.
 const MAX_FRAMES: usize = 40;
 /// Tasks named in a summary.
@@ -109,6 +113,15 @@ impl Task {
         };
         let at = self.frames.iter().any(concerns) || self.work.ends_with(']');
         self.running && self.name != "hmm_witness" && at
+    }
+
+    /// Whether it sleeps for a time, uninterruptibly, in a module: what it waits for tells nobody, and is looked for again and again.
+    fn looks_now_and_then(&self) -> bool {
+        let sleeps = |frame: &String| SLEEPS.iter().any(|sleep| function(frame).starts_with(sleep));
+        // The module's frame is next but for its own sort of sleep.
+        let asleep = self.frames.iter().rposition(sleeps);
+        self.blocked
+            && asleep.is_some_and(|at| self.frames.get(at + 1).is_some_and(|frame| frame.ends_with(']')))
     }
 
     /// For a sentence: who, in what, for whom.
@@ -226,7 +239,8 @@ fn told(tasks: &[&Task]) -> String {
 ///
 /// A circle of locks that the driver tells of outranks everything. Then comes who is at work both times while the device does
 /// nothing: whoever waits for a lock waits for that one, since in a deadlock nobody is at work. Then who waits for a lock, for others
-/// may just wait for those. Only if there is none of these it is a matter of news that nobody took: then the device stands still.
+/// may just wait for those; then who looks again and again for what does not come. Only if there is none of these it is a matter of
+/// news that nobody took: then the device stands still.
 #[must_use]
 pub fn judge(clues: &Clues) -> Violation {
     let before = tasks(&clues.before);
@@ -244,6 +258,8 @@ pub fn judge(clues: &Clues) -> Violation {
     // What they were at is not known, but that they were at work before, and have not slept since.
     let unread: Vec<&Task> =
         all.iter().filter(|task| task.running && task.frames.is_empty() && lasts(task)).collect();
+    let waits_on = |task: &Task| before.iter().any(|then| then.pid == task.pid && then.looks_now_and_then());
+    let looking: Vec<&Task> = all.iter().filter(|task| task.looks_now_and_then() && waits_on(task)).collect();
     let Standing { faults_parked: parked, faults_untaken: untaken, interrupts, .. } = clues.standing;
     // The driver's own word on its locks, where it has one, says who waits for whom.
     let circle = locks::deadlock(printed, &clues.roles);
@@ -257,6 +273,8 @@ pub fn judge(clues: &Clues) -> Violation {
     } else if !busy.is_empty() || !unread.is_empty() {
         let busy = if busy.is_empty() { &unread } else { &busy };
         (Rule::HangLivelock, format!("no task waits for a lock; at work without end: {}", told(busy)))
+    } else if clues.still && untaken == 0 && !looking.is_empty() {
+        (Rule::HangDeadlock, format!("looked for again and again, and does not come: {}", told(&looking)))
     } else if clues.still && parked == 0 {
         let text = format!(
             "the device has done all it was given and sent {interrupts} interrupts, no task is at work, and whoever waits was not told"

@@ -182,6 +182,36 @@ fn a_wait_that_cannot_be_interrupted_is_no_lock() {
 }
 
 #[test]
+fn who_looks_again_and_again_waits_for_what_does_not_come() {
+    let text = "\
+task:agent           state:D stack:0     pid:88    tgid:88    ppid:60
+ __schedule+0x4f0/0xb20
+ schedule+0x27/0xf0
+ schedule_timeout+0x1/0x2
+ schedule_timeout_uninterruptible+0x1/0x2
+ vgpu_migrate_evict+0x5a/0x120 [hmm_vgpu]
+ vgpu_release+0x5a/0x120 [hmm_vgpu]";
+    let found = judge(&clues(text, true, standing(0, 0)));
+    assert_eq!(found.rule, Rule::HangDeadlock);
+    assert!(
+        found
+            .summary
+            .contains("agent (pid 88) in vgpu_migrate_evict [hmm_vgpu], from vgpu_release [hmm_vgpu]"),
+        "{}",
+        found.summary
+    );
+    // What stands in a ring and is not taken says more.
+    assert_eq!(judge(&clues(text, true, standing(1, 1))).rule, Rule::HangLostInterrupt);
+    // Once is chance.
+    let mut once = clues(text, true, standing(0, 0));
+    once.before = vec![text.replace("pid:88", "pid:87")];
+    assert_eq!(judge(&once).rule, Rule::HangLostInterrupt);
+    // An event that does not come is news that nobody took.
+    let event = text.replace(" schedule_timeout_uninterruptible+0x1/0x2\n", "");
+    assert_eq!(judge(&clues(&event, true, standing(0, 0))).rule, Rule::HangLostInterrupt);
+}
+
+#[test]
 fn nonsense_is_no_trouble() {
     for text in ["task:", "task:x state:", "NMI backtrace for cpu", "CPU: Comm:", " +0x/0x", "RIP: "] {
         let _ = judge(&clues(text, true, standing(0, 0)));
