@@ -37,6 +37,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const ABSENT: usize = 2;
 /// How long a handler gets to map what it should not while an invalidation is held.
 const TEMPTATION: Duration = Duration::from_millis(20);
+/// Pages that are taken, so that what was freed does not come back to where it was.
+const TAKEN: usize = 32;
 /// Pages of a small mapping: as many as are mapped around a fault.
 const PAGES: usize = 64;
 
@@ -59,6 +61,8 @@ struct Moment {
     name: &'static str,
     play: Play,
     drops: &'static [(Drop, &'static str)],
+    /// How often each is tried; the play is told the how-manieth time it is.
+    times: usize,
 }
 
 /// Where tasks are held, who is, and what for.
@@ -99,26 +103,29 @@ const PLACES: [Place; 4] = [
         at: FOUND,
         whom: "",
         moments: &[
-            Moment { name: "found", play: found, drops: &DROPS },
-            Moment { name: "found-again", play: found_again, drops: &DROPS },
-            Moment { name: "found-on-device", play: found_on_device, drops: &MOVABLE },
-            Moment { name: "found-at-last", play: found_at_last, drops: &REFUSED },
+            Moment { name: "found", play: found, drops: &DROPS, times: 1 },
+            Moment { name: "found-again", play: found_again, drops: &DROPS, times: 1 },
+            Moment { name: "found-on-device", play: found_on_device, drops: &MOVABLE, times: 1 },
+            Moment { name: "found-at-last", play: found_at_last, drops: &REFUSED, times: 1 },
         ],
     },
     Place {
         at: "entry:mutex_lock",
         whom: HANDLER,
-        moments: &[Moment { name: "locking", play: locking, drops: &DROPS }],
+        moments: &[
+            Moment { name: "locking", play: locking, drops: &DROPS, times: LOCKS },
+            Moment { name: "locking-on-device", play: locking_on_device, drops: &MOVABLE, times: LOCKS },
+        ],
     },
     Place {
         at: MAPPING,
         whom: HANDLER,
-        moments: &[Moment { name: "mapping", play: mapping, drops: &DROPS }],
+        moments: &[Moment { name: "mapping", play: mapping, drops: &DROPS, times: 1 }],
     },
     Place {
         at: "return:__mmu_notifier_invalidate_range_start",
         whom: DROPPER,
-        moments: &[Moment { name: "told", play: told, drops: &DROPS }],
+        moments: &[Moment { name: "told", play: told, drops: &DROPS, times: 1 }],
     },
 ];
 
@@ -161,11 +168,11 @@ fn hold_at<'a>(gates: Gates<'a>, place: &Place) -> Checked<Option<Hold<'a>>> {
 
 fn play_moment(round: &mut Round<'_, '_>, at: &str, moment: &Moment, hold: &Checked<Option<Hold<'_>>>) {
     let (device, gates) = (round.device(), round.gates());
-    let locks = if moment.name == "locking" { LOCKS } else { 1 };
     let absent = Cell::new(0);
-    for (lock, &(drop, name)) in (0..locks).flat_map(|lock| moment.drops.iter().map(move |drop| (lock, drop)))
+    for (lock, &(drop, name)) in
+        (0..moment.times).flat_map(|lock| moment.drops.iter().map(move |drop| (lock, drop)))
     {
-        let number = if locks > 1 { format!("-{}", lock + 1) } else { String::new() };
+        let number = if moment.times > 1 { format!("-{}", lock + 1) } else { String::new() };
         round.case(&format!("{}{number}/{name}", moment.name), |rng| {
             let hold = match hold {
                 Ok(Some(hold)) => hold,
@@ -260,6 +267,9 @@ impl Scene {
     /// What the device has there now is what the CPU has.
     fn judge(&self, rng: &mut Rng) -> Checked {
         let (context, map) = (&self.context, &self.map);
+        // What has just been freed is the first to be given out again, and a page that comes back to its place is none that was missed.
+        let taken = Mapping::small(TAKEN * PAGE).doing("mmap")?;
+        taken.touch(0, taken.bytes());
         if self.drop == Drop::Truncate {
             context.must_not_reach(map, self.access).doing("behind the end of the file")?;
             ftruncate(self.file.as_ref().ok_or_else(|| Failure::wrong("no file"))?, map.bytes() as i64)
@@ -343,6 +353,20 @@ fn locking(scene: &Scene, lock: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut 
     scene.context.run(Job::strided_read(scene.map.at(at), (bytes / PAGE) as u64, PAGE))?.ok()?;
     scene.map.advise(at, bytes, MmapAdvise::MADV_DONTNEED).doing("madvise")?;
     scene.map.touch(at, bytes);
+    while_held(scene, hold, rng, |mut came| {
+        for _ in 0..lock {
+            came = came && hold.admit(NEXT)?;
+        }
+        scene.apply()
+    })
+}
+
+/// The same with a page that is on the device.
+fn locking_on_device(scene: &Scene, lock: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
+    let (at, bytes) = scene.hole;
+    scene.map.touch(at, bytes);
+    scene.context.run(Job::strided_read(scene.map.at(at), (bytes / PAGE) as u64, PAGE))?.ok()?;
+    migrate_all(&scene.context, &scene.map, at, bytes, To::Device)?;
     while_held(scene, hold, rng, |mut came| {
         for _ in 0..lock {
             came = came && hold.admit(NEXT)?;
