@@ -23,16 +23,19 @@ const INTERRUPTS: (u64, u64) = (8, 1_500);
 const SPELL: (u64, u64) = (64, 16);
 /// Keeps the spells apart from the chances.
 const SPELLS: u64 = 0x5ca1_ab1e;
+/// Keeps what is drawn for completions apart from both.
+const INTERRUPT: u64 = 0x0dd_ba11;
 
 /// Where the moments come from. Without a seed there are none.
 pub(crate) struct Jitter {
     seed: Option<u64>,
     drawn: AtomicU64,
+    completions: AtomicU64,
 }
 
 impl Jitter {
     pub(crate) fn new(seed: Option<u64>) -> Self {
-        Self { seed, drawn: AtomicU64::new(0) }
+        Self { seed, drawn: AtomicU64::new(0), completions: AtomicU64::new(0) }
     }
 
     /// To be called with no lock held, before commands are taken.
@@ -43,6 +46,12 @@ impl Jitter {
     /// To be called with no lock held, after an INVALIDATE and before the command behind it.
     pub(crate) fn after_an_invalidation(&self) {
         self.pause(BETWEEN);
+    }
+
+    /// Whether the interrupt for a completion waits for the next one's.
+    pub(crate) fn coalesces(&self) -> bool {
+        let Some(seed) = self.seed else { return false };
+        random_index(seed ^ INTERRUPT, self.completions.fetch_add(1, Relaxed), 2) == 0
     }
 
     /// To be called with no lock held, when the command that an interrupt comes from has been reported.
