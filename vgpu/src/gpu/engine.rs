@@ -192,6 +192,7 @@ impl<'d> Engine<'d> {
         let device = self.device;
         let (Some(setup), Some(work)) = (run.setup, &mut run.work) else { return };
         let Fault { va, access, reason, bytes } = fault;
+        let again = work.retries;
         let entry = FaultEntry {
             fault: 0,
             ctx: setup.ctx.0,
@@ -201,15 +202,15 @@ impl<'d> Engine<'d> {
             queue: setup.handle.0,
             fence: work.job.fence,
             bytes,
-            retries: work.retries,
+            retries: again,
             reserved: 0,
         };
-        work.retries = work.retries.saturating_add(1);
+        work.retries = again.saturating_add(1);
         work.fault_va = va;
         run.parked = true;
         count(&device.counters.faults, 1);
         let handle = device.faults.raise(index, entry);
-        device.oracle.event(DeviceEvent::FaultRaised { fault: handle, ctx: setup.ctx, va, access });
+        device.oracle.event(DeviceEvent::FaultRaised { fault: handle, ctx: setup.ctx, va, access, again });
         device.faults.park(index, &device.fault_buffer());
     }
 

@@ -157,6 +157,8 @@ pub enum DeviceEvent {
         va: u64,
         /// `ACCESS_*` bits.
         access: u32,
+        /// How often the same access has faulted before, in a row: it was replayed each time, and nothing was done in between.
+        again: u32,
     },
     /// The driver had it tried again.
     FaultReplayed {

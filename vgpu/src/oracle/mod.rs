@@ -14,6 +14,7 @@ mod check;
 mod doubt;
 mod event;
 mod input;
+mod livelock;
 mod mirror;
 mod moments;
 mod private;
@@ -24,6 +25,8 @@ mod state;
 mod trace;
 mod violation;
 
+#[cfg(test)]
+mod livelock_test;
 #[cfg(test)]
 mod model_test;
 #[cfg(test)]
@@ -267,6 +270,9 @@ impl Oracle {
         match event {
             E::DataReturned { ctx, page } => self.data_returned(ctx, page, &input),
             E::LeafSet { ctx, .. } if attended => drop(self.judge_settled(&input, |state| state.mm_of(ctx))),
+            E::FaultRaised { ctx, again, .. } if told && again >= livelock::REPLAYS => {
+                self.judge_settled(&input, |state| state.mm_of(ctx));
+            }
             _ if told => drop(self.judge(&input)),
             _ => self.trace.push(&input),
         }

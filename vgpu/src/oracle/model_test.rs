@@ -175,14 +175,14 @@ impl Model {
         self.view(ctx, |view| *view = ContextView { released: true, ..ContextView::default() });
         self.oracle.event(DeviceEvent::ContextReleased { ctx });
     }
-    fn raise(&mut self, file: usize, va: u64) {
+    fn raise(&mut self, file: usize, va: u64, again: u32) {
         self.next_fault += 1;
         let fault = Handle::new(Kind::Fault, self.next_fault % 64, self.next_fault);
         let file = &mut self.files[file];
         file.fault = Some((fault, va, self.beats));
         let ctx = file.ctx;
         self.view(ctx, |view| view.parked_faults = 1);
-        self.oracle.event(DeviceEvent::FaultRaised { fault, ctx, va, access: 1 });
+        self.oracle.event(DeviceEvent::FaultRaised { fault, ctx, va, access: 1, again });
     }
     fn serve(&mut self, at: usize) {
         let Some(file) = self.files.get_mut(at) else { return };
@@ -241,7 +241,7 @@ impl Model {
         for at in 0..self.files.len() {
             if let (true, Some((fault, va, _))) = (self.files[at].mm == mm, self.files[at].fault.take()) {
                 self.oracle.event(DeviceEvent::FaultReplayed { fault, ctx: self.files[at].ctx, va });
-                self.raise(at, va);
+                self.raise(at, va, 1);
             }
         }
         if ended {
@@ -260,7 +260,7 @@ impl Model {
             Step::Open { process, say_so, style } => self.open(process, say_so, style),
             Step::Fault { file, page } => {
                 if self.files.get(file % files).is_some_and(|f| !f.stopped && f.fault.is_none()) {
-                    self.raise(file % files, 0x1000 * (page + 1));
+                    self.raise(file % files, 0x1000 * (page + 1), 0);
                 }
             }
             Step::Serve { file } => self.serve(file % files),
@@ -336,11 +336,8 @@ pub(super) fn any_event() -> impl Strategy<Value = DeviceEvent> {
         (handle(), any::<Option<u64>>(), any::<u32>())
             .prop_map(|(ctx, va, count)| DeviceEvent::LeafCleared { ctx, va, count }),
         (handle(), va(), va()).prop_map(|(ctx, start, last)| DeviceEvent::Invalidate { ctx, start, last }),
-        (handle(), handle(), va()).prop_map(|(fault, ctx, va)| DeviceEvent::FaultRaised {
-            fault,
-            ctx,
-            va,
-            access: 7
+        (handle(), handle(), va(), prop_oneof![0..3u32, any::<u32>()]).prop_map(|(fault, ctx, va, again)| {
+            DeviceEvent::FaultRaised { fault, ctx, va, access: 7, again }
         }),
         (handle(), handle(), va()).prop_map(|(fault, ctx, va)| DeviceEvent::FaultReplayed { fault, ctx, va }),
         any::<u32>().prop_map(|contexts_live| DeviceEvent::Disabled { leak: Leak::default(), contexts_live }),

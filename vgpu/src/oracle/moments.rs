@@ -35,6 +35,7 @@ impl State {
         self.mms.clear();
         self.alive.clear();
         self.stable = Default::default();
+        self.livelocks.clear();
         self.orphans = Default::default();
         self.private = Default::default();
         self.gone = false;

@@ -140,7 +140,7 @@ impl Bench {
     }
     pub(super) fn raise(&self, ctx: Handle, number: u32) {
         self.fake.0.lock().entry(ctx.0).or_default().parked_faults += 1;
-        self.oracle.event(E::FaultRaised { fault: fault(number), ctx, va: VA, access: 1 });
+        self.oracle.event(E::FaultRaised { fault: fault(number), ctx, va: VA, access: 1, again: 0 });
     }
     pub(super) fn rules(&self) -> Vec<&'static str> {
         self.oracle.violations().iter().map(|v| v.rule.name()).collect()

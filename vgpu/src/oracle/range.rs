@@ -89,7 +89,8 @@ impl Range {
         }
     }
 
-    fn covers(&self, start: u64, last: u64) -> bool {
+    /// Whether it has something of [`start`, `last`].
+    pub(super) fn covers(&self, start: u64, last: u64) -> bool {
         self.start <= last && start <= self.last
     }
 }
@@ -173,6 +174,7 @@ impl State {
         self.ranges += 1;
         mm.started(range);
         self.doubts_over(id, &range);
+        self.accesses_disturbed(id, &range);
         let contexts = self.translating(id);
         if range.demand() == Demand::Nothing {
             return Vec::new();

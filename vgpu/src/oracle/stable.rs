@@ -64,7 +64,7 @@ impl State {
         }
         match *event {
             // Atomics are the platform's to refuse.
-            E::FaultRaised { fault, ctx, va, access } if access & ACCESS_ATOMIC == 0 => {
+            E::FaultRaised { fault, ctx, va, access, .. } if access & ACCESS_ATOMIC == 0 => {
                 let promised = self.mm_of(ctx).is_some_and(|mm| self.stable.holds(mm, va));
                 if promised && self.stable.raised.len() < MOST_FAULTS {
                     self.stable.raised.insert(fault.0, (ctx, va));

@@ -21,7 +21,7 @@ impl Bench {
         self.oracle.witness(&Record { kind, mm, arg: [START, LAST, kept.into(), 0], ..Record::default() });
     }
     fn fault_raised(&self, index: u32, ctx: Handle, va: u64, access: u32) {
-        self.oracle.event(E::FaultRaised { fault: fault(index), ctx, va, access });
+        self.oracle.event(E::FaultRaised { fault: fault(index), ctx, va, access, again: 0 });
     }
     fn cancel(&self, index: u32, ctx: Handle, va: u64) {
         self.oracle.event(E::FaultCancelled { fault: fault(index), ctx, va });

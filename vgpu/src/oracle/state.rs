@@ -150,6 +150,8 @@ pub(super) struct State {
     pub(super) faults: BTreeMap<u64, Fault>,
     /// Faults whose answer was heard of before they were.
     pub(super) answered: BTreeSet<u64>,
+    /// Accesses that have faulted, until they get on.
+    pub(super) livelocks: super::livelock::Livelocks,
     /// What the workload has declared stable.
     pub(super) stable: super::stable::Stable,
     /// The witness has said goodbye.
@@ -187,6 +189,7 @@ impl State {
             alive: BTreeSet::new(),
             faults: BTreeMap::new(),
             answered: BTreeSet::new(),
+            livelocks: Default::default(),
             stable: Default::default(),
             gone: false,
             off: false,
@@ -267,13 +270,17 @@ impl State {
                     }
                 }
                 self.faults.retain(|_, fault| fault.ctx != ctx);
+                self.livelocks.forget(ctx);
                 watched.clear(ctx);
             }
             E::BadHandle { op, handle, issued_before, by, va } => {
                 self.bad_handle(op, handle, issued_before, by, va, found);
             }
             E::LeafSet { ctx, va: Some(va), pte } => self.leaf_set(ctx, va, pte, watched, found),
-            E::FaultRaised { fault, ctx, va, .. } => self.fault_raised(fault, ctx, va),
+            E::FaultRaised { fault, ctx, va, again, .. } => {
+                self.faulted_again(fault, (ctx, va), again, found);
+                self.fault_raised(fault, ctx, va);
+            }
             E::FaultReplayed { fault, ctx, va } => {
                 if self.answered(fault).is_some_and(|fault| fault.after_release) {
                     self.replayed_after_release(ctx, va, found);
@@ -286,6 +293,7 @@ impl State {
                 self.off = true;
                 self.faults.clear();
                 self.answered.clear();
+                self.livelocks.clear();
                 if !self.gone && (contexts_live > 0 || !leak.is_clean()) {
                     let first = self.contexts.keys().next().filter(|_| contexts_live > 0);
                     let ctx = first.map(|&handle| Handle(handle));
@@ -310,6 +318,7 @@ impl State {
                 self.contexts.clear();
                 self.faults.clear();
                 self.answered.clear();
+                self.livelocks.clear();
                 watched.clear_all();
             }
             E::LeafSet { .. }

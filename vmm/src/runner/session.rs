@@ -110,8 +110,8 @@ pub struct Session<'a> {
     /// the first time.
     stacks_from: [u64; 2],
     stood: Standing,
-    /// The first fault that was not answered: a hang is likely to be about it.
-    unanswered: Option<Violation>,
+    /// The first fault that was not answered, or was replayed without end: a hang is likely to be about it.
+    stuck: Option<Violation>,
     nmi: bool,
     /// A hang was reported.
     hung: bool,
@@ -168,7 +168,7 @@ impl<'a> Session<'a> {
             moves: 0,
             stacks_from: [0; 2],
             stood: Standing::default(),
-            unanswered: None,
+            stuck: None,
             nmi: false,
             hung: false,
             interactive: given.interactive,
@@ -262,10 +262,11 @@ impl<'a> Session<'a> {
             if violation.allowed.is_none() {
                 self.violated_at.get_or_insert(self.heartbeats);
             }
-            if violation.rule == Rule::FaultUnanswered && self.unanswered.is_none() {
+            let about = matches!(violation.rule, Rule::FaultUnanswered | Rule::HangLivelock);
+            if about && self.stuck.is_none() {
                 // Whoever should have answered may still be found at it.
                 self.watch.suspect();
-                self.unanswered = Some(violation.clone());
+                self.stuck = Some(violation.clone());
             }
             self.events.event(Event::Violation { violation });
         }
@@ -461,15 +462,19 @@ impl<'a> Session<'a> {
         });
         self.end.lost = Some("the guest hung and was ended".to_owned());
         self.hung = true;
-        match &self.unanswered {
-            // The oracle has said so, and where.
-            Some(_) if violation.rule == Rule::FaultUnanswered => return,
+        match &self.stuck {
+            // The oracle has said so, and where. Of a livelock it has no stacks.
+            Some(fault) if violation.rule == Rule::FaultUnanswered && fault.rule == violation.rule => return,
             Some(fault) => {
                 violation = violation.at(fault.address, None);
                 if let Some(context) = fault.context {
                     violation = violation.on(Handle(context));
                 }
-                violation.summary.push_str("; meanwhile a fault waits for its answer");
+                let what = match fault.rule {
+                    Rule::FaultUnanswered => "a fault waits for its answer",
+                    _ => "an access is replayed without end",
+                };
+                violation.summary.push_str(&format!("; meanwhile {what}"));
             }
             None => {}
         }

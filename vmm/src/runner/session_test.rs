@@ -217,26 +217,34 @@ fn heartbeats_that_do_not_count_are_life_and_no_time() {
     assert_eq!(end.lost, None);
 }
 
-#[test]
-fn a_hang_over_a_fault_names_its_place() {
-    let (_, violations, _) = follow(|guest| {
+/// What is said of a hang after the oracle has found `fault`.
+fn hang_over(fault: Violation) -> Violation {
+    let (_, violations, _) = follow(move |guest| {
         guest.boot();
         guest.say(Message::WorkloadStart { workload: "access".into(), seed: 1 });
         for beat in 1..30 {
             std::thread::sleep(Duration::from_millis(50));
             let _ = guest.inputs.send(Input::Heartbeat { counts: true });
             if beat == 3 {
-                let fault = Violation::new(Rule::FaultUnanswered, "waits").at(Some(0x1000), None);
-                guest.violations.send(fault.on(Handle(7))).unwrap();
+                guest.violations.send(fault.clone().at(Some(0x1000), None).on(Handle(7))).unwrap();
             }
             if beat >= 7 {
                 guest.print("task:kworker state:D pid:31\r\n mutex_lock+0x1/0x2\r\n");
             }
         }
     });
-    assert_eq!(violations.len(), 1);
-    assert_eq!((violations[0].rule, violations[0].address), (Rule::HangDeadlock, Some(0x1000)));
-    assert_eq!(violations[0].context, Some(7));
+    let [violation] = &violations[..] else { panic!("{violations:?}") };
+    assert_eq!((violation.rule, violation.address), (Rule::HangDeadlock, Some(0x1000)));
+    assert_eq!(violation.context, Some(7));
+    violation.clone()
+}
+
+#[test]
+fn a_hang_over_a_fault_names_its_place() {
+    let said = hang_over(Violation::new(Rule::FaultUnanswered, "waits")).summary;
+    assert!(said.ends_with("; meanwhile a fault waits for its answer"), "{said}");
+    let said = hang_over(Violation::new(Rule::HangLivelock, "again and again")).summary;
+    assert!(said.ends_with("; meanwhile an access is replayed without end"), "{said}");
 }
 
 #[test]

@@ -9,9 +9,10 @@ use vgpu_spec::job::OP_NOP;
 use vgpu_spec::job::*;
 use vgpu_spec::pte::{ATOMIC, HUGE, VALID, VRAM, WRITE};
 use vgpu_spec::regs::gpu as regs;
+use vgpu_spec::witness::{self, Record};
 
 use super::rig;
-use crate::oracle::Inspect as _;
+use crate::oracle::{Inspect as _, Rule};
 
 const VA: u64 = 0x40_0000_0000;
 
@@ -49,6 +50,31 @@ fn a_fault_parks_its_queue_only_and_a_replay_goes_on_where_it_stopped() {
     assert_eq!(rig.next_fault(), None);
     assert_eq!(rig.run(OP_FAULT_REPLAY, space.ctx, [again.fault, 0, 0, 0, 0]).0, STATUS_BAD_HANDLE);
     assert_eq!(rig.gpu.counters().faults, 2);
+}
+
+#[test]
+fn an_access_that_is_replayed_for_ever_is_found_with_its_place() {
+    let rig = rig();
+    let mut space = rig.bind();
+    let mut queue = space.queue(4);
+    let index = queue.submit(&rig, fill(VA, 8));
+    for retries in 0..1000 {
+        let fault = rig.fault();
+        assert_eq!(fault.retries, retries);
+        if retries % 9 == 0 {
+            rig.oracle.witness(&Record { kind: witness::HEARTBEAT, ..Record::default() });
+        }
+        assert!(rig.oracle.violations().is_empty(), "{:?}", rig.oracle.violations());
+        rig.ok(OP_FAULT_REPLAY, space.ctx, [fault.fault, 0, 0, 0, 0]);
+    }
+    // What is in the buffer has been judged.
+    let last = rig.fault();
+    let found = rig.oracle.violations();
+    let [violation] = &found[..] else { panic!("{found:?}") };
+    assert_eq!((violation.rule, violation.context), (Rule::HangLivelock, Some(space.ctx.0)));
+    assert_eq!(violation.address, Some(VA));
+    rig.ok(OP_FAULT_CANCEL, space.ctx, [last.fault, 0, 0, 0, 0]);
+    assert_eq!(queue.wait(&rig, index).status, JOB_FAULT);
 }
 
 #[test]

@@ -255,10 +255,10 @@ fn device(out: &mut Writer<'_>, event: &DeviceEvent, flags: u8) {
             about(INVALIDATE_DONE, ctx, &[start]);
             out.number(last.wrapping_sub(start));
         }
-        E::FaultRaised { fault, ctx, va, access } => {
+        E::FaultRaised { fault, ctx, va, access, again } => {
             about(FAULT_RAISED, ctx, &[va]);
             out.handle(Kind::Fault, fault);
-            out.number(access.into());
+            out.numbers([access, again].map(u64::from));
         }
         E::FaultReplayed { fault, ctx, va } => {
             about(FAULT_REPLAYED, ctx, &[va]);
@@ -695,7 +695,7 @@ impl Reader<'_> {
             }
             FAULT_RAISED => {
                 let (va, fault) = (self.address()?, self.handle(Kind::Fault)?);
-                E::FaultRaised { fault, ctx, va, access: self.small()? }
+                E::FaultRaised { fault, ctx, va, access: self.small()?, again: self.small()? }
             }
             FAULT_REPLAYED | FAULT_CANCELLED | FAULT_DROPPED => {
                 let (va, fault) = (self.address()?, self.handle(Kind::Fault)?);

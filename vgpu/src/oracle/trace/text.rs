@@ -284,8 +284,9 @@ fn device(out: &mut String, event: &DeviceEvent) -> fmt::Result {
         E::DataReturned { ctx, page } => write!(out, "{ctx} gave {page} back"),
         E::Invalidate { ctx, start, last } => write!(out, "{ctx} invalidate {start:#x}-{last:#x} begins"),
         E::InvalidateDone { ctx, start, last } => write!(out, "{ctx} invalidate {start:#x}-{last:#x} done"),
-        E::FaultRaised { fault, ctx, va, access } => {
-            write!(out, "{ctx} {fault} raised at {va:#x} ({})", rights(access))
+        E::FaultRaised { fault, ctx, va, access, again } => {
+            write!(out, "{ctx} {fault} raised at {va:#x} ({})", rights(access))?;
+            if again > 0 { write!(out, ", again after {again} in a row") } else { Ok(()) }
         }
         E::FaultReplayed { fault, ctx, va } => write!(out, "{ctx} {fault} at {va:#x} replayed"),
         E::FaultCancelled { fault, ctx, va } => write!(out, "{ctx} {fault} at {va:#x} cancelled"),

@@ -170,6 +170,8 @@ fn every_input_is_read_back() {
             told: false,
             attended: false,
         },
+        Input::Device { event: faulted(a, 0), told: true, attended: false },
+        Input::Device { event: faulted(a, u32::MAX), told: true, attended: false },
     ] {
         let mut bytes = Vec::new();
         codec::encode(&input, &mut bytes);
@@ -222,6 +224,15 @@ fn every_event_has_a_text() {
         text(DeviceEvent::LeafSet { ctx: a, va: Some(0x1000), pte: VALID | WRITE | 0x5000 }),
         "device: context 1#1 leaf set at 0x1000: [0x5000 rw-]"
     );
+    assert_eq!(text(faulted(a, 0)), "device: context 1#1 fault 200#70000 raised at 0x7f0000001000 (write)");
+    assert_eq!(
+        text(faulted(a, 17)),
+        "device: context 1#1 fault 200#70000 raised at 0x7f0000001000 (write), again after 17 in a row"
+    );
+}
+
+fn faulted(ctx: Handle, again: u32) -> DeviceEvent {
+    DeviceEvent::FaultRaised { fault: Handle::new(Kind::Fault, 200, 70_000), ctx, va: VA, access: 2, again }
 }
 
 fn leaf(ctx: Handle, page: u64) -> DeviceEvent {
@@ -305,6 +316,10 @@ fn an_event_takes_few_bytes() {
     }
     let (events, bytes) = oracle.trace_size();
     assert!(bytes <= 32 * events, "{bytes} bytes for {events} events");
+    // One that says as much as it can.
+    oracle.event(faulted(ctx(63, u32::MAX), u32::MAX));
+    let fault = oracle.trace_size().1 - bytes;
+    assert!(fault <= 32, "{fault} bytes");
 }
 
 fn file_of(bytes: u64) -> File {
@@ -404,10 +419,13 @@ enum Move {
     Leaf(usize),
     Access(usize, bool),
     Beat,
+    Beats,
     Clean,
     Notifier(bool),
     Returned,
     Fault(u32),
+    /// Replays of an access that had as many before.
+    Replays(u32),
     Answer(u32),
     Release,
     Unmapped,
@@ -440,6 +458,8 @@ fn moves() -> impl Strategy<Value = Move> {
         1 => any::<bool>().prop_map(Move::Notifier),
         1 => Just(Move::Returned),
         2 => (0..4u32).prop_map(Move::Fault),
+        2 => (0..3u32).prop_map(|many| Move::Replays(many * 600)),
+        2 => Just(Move::Beats),
         2 => (0..4u32).prop_map(Move::Answer),
         1 => Just(Move::Release),
         1 => Just(Move::Unmapped),
@@ -481,6 +501,7 @@ fn play(g: &range_test::Guest, moves: &[Move]) {
                 g.oracle.access(g.ctx, VA, leaves[which], 1);
             }
             Move::Beat => g.beat(1),
+            Move::Beats => g.beat(11),
             Move::Clean => g.tell(witness::PAGE_CLEAN, 1, [VA, 0x1234_5000, g.ctx.0, 0]),
             Move::Notifier(more) => {
                 let kind = if more { witness::NOTIFIER_ADDED } else { witness::NOTIFIER_REMOVED };
@@ -491,6 +512,12 @@ fn play(g: &range_test::Guest, moves: &[Move]) {
                 g.oracle.event(DeviceEvent::DataReturned { ctx: g.ctx, page });
             }
             Move::Fault(number) => g.raise(g.ctx, number),
+            // Not each of them: a few say as much.
+            Move::Replays(before) => (before..before + 601).step_by(300).for_each(|again| {
+                let fault = Handle::new(Kind::Fault, 9, again + 1);
+                g.oracle.event(DeviceEvent::FaultRaised { fault, ctx: g.ctx, va: VA, access: 1, again });
+                g.oracle.event(DeviceEvent::FaultReplayed { fault, ctx: g.ctx, va: VA });
+            }),
             Move::Answer(number) => {
                 let fault = Handle::new(Kind::Fault, number, 1);
                 g.oracle.event(DeviceEvent::FaultReplayed { fault, ctx: g.ctx, va: VA });
