@@ -160,7 +160,8 @@ impl Device {
     /// time later: an interrupt is on its way for as long as it likes, and a driver that has waited for the command may have
     /// forgotten the context by then. So whoever waits for such a job must not depend on it.
     fn raise_owed(&self) {
-        if self.owed.swap(false, SeqCst) {
+        // Who still drains has not reported; the end of a drain wakes this thread.
+        if !self.draining.load(SeqCst) && self.owed.swap(false, SeqCst) {
             self.jitter.before_a_late_interrupt();
             self.interrupts.raise(VECTOR_COMPLETION, &self.registers);
         }

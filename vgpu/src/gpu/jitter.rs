@@ -17,7 +17,7 @@ const BETWEEN: (u64, u64) = (64, 1_000);
 /// Once in so many steps that end while a drain waits, and for how long at most, in microseconds.
 const STEPS: (u64, u64) = (16, 1_500);
 /// Once in so many interrupts for jobs that were killed, and for how long at most.
-const INTERRUPTS: (u64, u64) = (8, 1_500);
+const INTERRUPTS: (u64, u64) = (3, 1_500);
 /// Chances are drawn in spells of so many, of which one in so many is slow: every second chance is taken. Threads of a driver that
 /// wait for each other meet only where several waits come together.
 const SPELL: (u64, u64) = (64, 16);

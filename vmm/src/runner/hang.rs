@@ -74,8 +74,9 @@ const SPINS: &[&str] =
     &["spin_lock_slowpath", "read_lock_slowpath", "write_lock_slowpath", "osq_lock", "spin_on_owner"];
 
 /// Functions in which a task sleeps for a time and not for an event.
-const SLEEPS: &[&str] =
-    &["schedule_timeout_uninterruptible", "schedule_hrtimeout", "msleep", "usleep_range", "fsleep"];
+/// (`schedule_timeout` covers its sorts by state, which end by jumping into it; an event that is waited for in this state with a
+/// time limit is one that is looked for again as well.)
+const SLEEPS: &[&str] = &["schedule_timeout", "schedule_hrtimeout", "msleep", "usleep_range", "fsleep"];
 
 /// Lines of one task kept at most: a recursion has no end.
 const MAX_FRAMES: usize = 40;

@@ -38,7 +38,7 @@ const ABSENT: usize = 2;
 /// How long a handler gets to map what it should not while an invalidation is held.
 const TEMPTATION: Duration = Duration::from_millis(20);
 /// Pages that are taken, so that what was freed does not come back to where it was.
-const TAKEN: usize = 32;
+const TAKEN: usize = 96;
 /// Pages of a small mapping: as many as are mapped around a fault.
 const PAGES: usize = 64;
 
@@ -79,6 +79,8 @@ type Play = fn(&Scene, usize, Gates<'_>, &Hold<'_>, &mut Rng) -> Checked;
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Drop {
     DontNeed,
+    /// All of the mapping, of which other cases drop a few pages.
+    DontNeedAll,
     DontNeedHuge,
     PunchHole,
     Truncate,
@@ -94,7 +96,8 @@ const DROPS: [(Drop, &str); 4] = [
 ];
 
 /// What can be on the device.
-const MOVABLE: [(Drop, &str); 1] = [(Drop::DontNeed, "dontneed/4k")];
+const MOVABLE: [(Drop, &str); 2] =
+    [(Drop::DontNeed, "dontneed/4k"), (Drop::DontNeedAll, "dontneed/with-neighbours")];
 /// Where a driver that asks for more than the page of the fault is refused, and has to ask again.
 const REFUSED: [(Drop, &str); 1] = [(Drop::PunchHoleOfOne, "punch-hole/last-page")];
 
@@ -203,7 +206,7 @@ impl Scene {
         let file = match drop {
             Drop::PunchHole | Drop::Truncate => Some(memory_file(bytes)?),
             Drop::PunchHoleOfOne => Some(memory_file(PAGE)?),
-            Drop::DontNeed | Drop::DontNeedHuge => None,
+            Drop::DontNeed | Drop::DontNeedAll | Drop::DontNeedHuge => None,
         };
         let map = match &file {
             Some(file) => Mapping::new(bytes, PAGE, Backing::FileShared(file.as_fd(), 0)),
@@ -216,6 +219,7 @@ impl Scene {
         let first = if drop == Drop::PunchHoleOfOne { 0 } else { rng.index(pages) };
         let hole = match drop {
             Drop::DontNeedHuge if rng.once_in(2) => (0, bytes),
+            Drop::DontNeedAll => (0, bytes),
             Drop::Truncate => (first * PAGE, bytes - first * PAGE),
             Drop::PunchHoleOfOne => (0, PAGE),
             _ => (first * PAGE, (1 + rng.index((pages - first).min(8))) * PAGE),
@@ -242,7 +246,7 @@ impl Scene {
         let (at, bytes) = self.hole;
         let file = || self.file.as_ref().ok_or_else(|| Failure::wrong("the scene has no file"));
         match self.drop {
-            Drop::DontNeed | Drop::DontNeedHuge => {
+            Drop::DontNeed | Drop::DontNeedAll | Drop::DontNeedHuge => {
                 self.map.advise(at, bytes, MmapAdvise::MADV_DONTNEED).doing("madvise")
             }
             Drop::PunchHole | Drop::PunchHoleOfOne => {
@@ -251,6 +255,12 @@ impl Scene {
             }
             Drop::Truncate => ftruncate(file()?, at as i64).doing("ftruncate"),
         }
+    }
+
+    /// What goes is on the device, or of all that goes the page that is accessed.
+    fn move_to_device(&self) -> Checked {
+        let (at, bytes) = if self.drop == Drop::DontNeedAll { (self.access, PAGE) } else { self.hole };
+        migrate_all(&self.context, &self.map, at, bytes, To::Device)
     }
 
     /// The job ended as it may: what it was about may have gone before it came.
@@ -332,7 +342,7 @@ fn found_again(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut
 fn found_on_device(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
     let (at, bytes) = scene.hole;
     scene.map.touch(at, bytes);
-    migrate_all(&scene.context, &scene.map, at, bytes, To::Device)?;
+    scene.move_to_device()?;
     while_held(scene, hold, rng, |came| if came { scene.apply() } else { Ok(()) })
 }
 
@@ -366,7 +376,7 @@ fn locking_on_device(scene: &Scene, lock: usize, _: Gates<'_>, hold: &Hold<'_>, 
     let (at, bytes) = scene.hole;
     scene.map.touch(at, bytes);
     scene.context.run(Job::strided_read(scene.map.at(at), (bytes / PAGE) as u64, PAGE))?.ok()?;
-    migrate_all(&scene.context, &scene.map, at, bytes, To::Device)?;
+    scene.move_to_device()?;
     while_held(scene, hold, rng, |mut came| {
         for _ in 0..lock {
             came = came && hold.admit(NEXT)?;

@@ -20,6 +20,8 @@ use crate::rng::Rng;
 
 /// Rounds in the default suite.
 pub(super) const ROUNDS: u64 = 6;
+/// Contexts that go while somebody waits, one after the other: the interrupt for the job that goes with each may come before or after.
+const WAITERS: usize = 3;
 /// Binds of the rebind loop.
 const REBINDS: usize = 24;
 
@@ -232,21 +234,24 @@ fn unbind(device: &dyn Device, rng: &mut Rng, running: bool) -> Checked {
 
 /// UNBIND from one thread while another waits for a job.
 fn unbind_under_waiter(device: &dyn Device, rng: &mut Rng) -> Checked {
-    let context = Context::bind(device)?;
-    let used = Used::new(&context, rng)?;
-    let ticket = context.submit(Job::random_read(used.map.at(0), WINDOW, LONG, rng.next()))?;
-    let delay = Duration::from_micros(rng.below(1000));
-    std::thread::scope(|scope| {
-        let unbinder = scope.spawn(|| {
-            std::thread::sleep(delay);
-            context.file().unbind()
-        });
-        let waited = bounded_wait(&context, ticket);
-        // A panic of the thread would be one of this program; it ends the case as a crash.
-        unbinder.join().unwrap_or(Err(Errno::EFAULT)).doing("unbind")?;
-        waited
-    })?;
-    used.unharmed(&context)
+    for _ in 0..WAITERS {
+        let context = Context::bind(device)?;
+        let used = Used::new(&context, rng)?;
+        let ticket = context.submit(Job::random_read(used.map.at(0), WINDOW, LONG, rng.next()))?;
+        let delay = Duration::from_micros(rng.below(1000));
+        std::thread::scope(|scope| {
+            let unbinder = scope.spawn(|| {
+                std::thread::sleep(delay);
+                context.file().unbind()
+            });
+            let waited = bounded_wait(&context, ticket);
+            // A panic of the thread would be one of this program; it ends the case as a crash.
+            unbinder.join().unwrap_or(Err(Errno::EFAULT)).doing("unbind")?;
+            waited
+        })?;
+        used.unharmed(&context)?;
+    }
+    Ok(())
 }
 
 /// As UNBIND is called.
