@@ -308,6 +308,8 @@ void vgpu_table_return_detached(struct vgpu_ctx *ctx)
  * vgpu_table_trim() - give all empty tables back
  * @ctx: the context
  *
+ * Not those of the copy context, which has them made once and uses them again.
+ *
  * Context: fault worker, without pt_lock.
  */
 void vgpu_table_trim(struct vgpu_ctx *ctx)
@@ -315,7 +317,7 @@ void vgpu_table_trim(struct vgpu_ctx *ctx)
 	struct vgpu_table *t;
 
 	mutex_lock(&ctx->pt_lock);
-	if (!ctx->stopped && !list_empty(&ctx->empty)) {
+	if (ctx->mm && !ctx->stopped && !list_empty(&ctx->empty)) {
 		/* The parent of the last one may become empty, and comes next. */
 		while ((t = list_first_entry_or_null(&ctx->empty,
 						     struct vgpu_table, empty)))
