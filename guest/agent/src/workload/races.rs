@@ -12,7 +12,7 @@
 use std::cell::Cell;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Barrier;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::mman::MmapAdvise;
@@ -53,8 +53,10 @@ const FOUND: &str = "return:hmm_range_fault";
 const LOCKS: usize = 3;
 /// Where the kernel gives a page an address for a device.
 const MAPPING: &str = "entry:dma_map_page_attrs";
-/// How long the handler gets to come to another lock.
-const NEXT: Duration = Duration::from_millis(200);
+/// How long a handler gets to come to another place, in times of what it took to come to the first: often it never does.
+const NEXT: u32 = 8;
+/// The same, at the least and at the most.
+const NEXT_BOUNDS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
 
 /// A moment at which tasks are held, and what is tried there.
 struct Moment {
@@ -303,11 +305,20 @@ fn nobody_came() -> Failure {
 }
 
 /// A job is submitted, its handler held, if it comes, and something done meanwhile; then all goes on, and the memory is judged.
-fn while_held(scene: &Scene, hold: &Hold<'_>, rng: &mut Rng, act: impl FnOnce(bool) -> Checked) -> Checked {
+///
+/// What is done meanwhile is told whether it came, and how long to wait for it at the next place.
+fn while_held(
+    scene: &Scene,
+    hold: &Hold<'_>,
+    rng: &mut Rng,
+    act: impl FnOnce(Option<Duration>) -> Checked,
+) -> Checked {
     hold.close()?;
+    let began = Instant::now();
     let ticket = scene.submit(rng)?;
     let came = hold.wait(PATIENCE)?;
-    let acted = act(came);
+    let next = (began.elapsed() * NEXT).clamp(NEXT_BOUNDS.0, NEXT_BOUNDS.1);
+    let acted = act(came.then_some(next));
     hold.open()?;
     acted?;
     scene.ended(ticket)?;
@@ -321,7 +332,7 @@ fn while_held(scene: &Scene, hold: &Hold<'_>, rng: &mut Rng, act: impl FnOnce(bo
 fn found(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
     let (at, bytes) = scene.hole;
     scene.map.touch(at, bytes);
-    while_held(scene, hold, rng, |came| if came { scene.apply() } else { Ok(()) })
+    while_held(scene, hold, rng, |came| if came.is_some() { scene.apply() } else { Ok(()) })
 }
 
 /// The same, and once more when it has come back with what it has found then: that a driver has looked again once is no reason to
@@ -330,11 +341,9 @@ fn found_again(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut
     let (at, bytes) = scene.hole;
     scene.map.touch(at, bytes);
     while_held(scene, hold, rng, |came| {
-        if !came {
-            return Ok(());
-        }
+        let Some(next) = came else { return Ok(()) };
         scene.apply()?;
-        if hold.admit(NEXT)? { scene.apply() } else { Ok(()) }
+        if hold.admit(next)? { scene.apply() } else { Ok(()) }
     })
 }
 
@@ -343,7 +352,7 @@ fn found_on_device(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: 
     let (at, bytes) = scene.hole;
     scene.map.touch(at, bytes);
     scene.move_to_device()?;
-    while_held(scene, hold, rng, |came| if came { scene.apply() } else { Ok(()) })
+    while_held(scene, hold, rng, |came| if came.is_some() { scene.apply() } else { Ok(()) })
 }
 
 /// The fault handler was refused what it asked for, since not all of it is there, and is held with what it has found when it has asked for
@@ -351,7 +360,10 @@ fn found_on_device(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: 
 fn found_at_last(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
     let (at, bytes) = scene.hole;
     scene.map.touch(at, bytes);
-    while_held(scene, hold, rng, |came| if came && hold.admit(NEXT)? { scene.apply() } else { Ok(()) })
+    while_held(scene, hold, rng, |came| match came {
+        Some(next) if hold.admit(next)? => scene.apply(),
+        _ => Ok(()),
+    })
 }
 
 /// The fault handler has found its page and is held when it is about to take a lock, the first or one of the next; the memory
@@ -365,7 +377,10 @@ fn locking(scene: &Scene, lock: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut 
     scene.map.touch(at, bytes);
     while_held(scene, hold, rng, |mut came| {
         for _ in 0..lock {
-            came = came && hold.admit(NEXT)?;
+            came = match came {
+                Some(next) if hold.admit(next)? => Some(next),
+                _ => None,
+            };
         }
         scene.apply()
     })
@@ -379,7 +394,10 @@ fn locking_on_device(scene: &Scene, lock: usize, _: Gates<'_>, hold: &Hold<'_>, 
     scene.move_to_device()?;
     while_held(scene, hold, rng, |mut came| {
         for _ in 0..lock {
-            came = came && hold.admit(NEXT)?;
+            came = match came {
+                Some(next) if hold.admit(next)? => Some(next),
+                _ => None,
+            };
         }
         scene.apply()
     })
