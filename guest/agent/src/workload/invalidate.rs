@@ -103,7 +103,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     }
     // Each block is 64 pages that the device has mapped, and so 64 invalidations.
     for (name, blocks, op) in
-        [("dontneed", 24, Op::DontNeed), ("mprotect-none", 6, Op::ProtectNone), ("munmap", 6, Op::Munmap)]
+        [("dontneed", 12, Op::DontNeed), ("mprotect-none", 6, Op::ProtectNone), ("munmap", 6, Op::Munmap)]
     {
         round.case(&format!("{name}/each-page"), |rng| each_page(device, rng, op, blocks));
     }
