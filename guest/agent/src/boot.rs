@@ -34,9 +34,11 @@ const MOUNTS: [(&str, &str, &str); 7] = [
 ];
 
 /// Settings that the workloads need or that make a hang visible; best effort, since not every kernel has each.
-const SYSCTLS: [(&str, &str); 4] = [
+const SYSCTLS: [(&str, &str); 5] = [
     ("kernel/sysrq", "1"),
     ("kernel/hung_task_timeout_secs", "30"),
+    // Else as long again goes by until it looks, by chance.
+    ("kernel/hung_task_check_interval_secs", "5"),
     // All hung tasks of a run are to be seen, not only the first ten.
     ("kernel/hung_task_warnings", "-1"),
     ("vm/overcommit_memory", "1"),
