@@ -19,8 +19,8 @@ use crate::outcome::{Checked, Doing, Failure};
 
 /// How long anything that must end may take, in guest time. The host's watchdog has less patience, 34 s of it, and can say who hangs: a
 /// workload that gave up first would say no more than that something took long. In a guest that is starved the watchdog has more
-/// (docs/using.md), up to here where the guest gets a fifth of what it wants.
-pub(crate) const BOUND: Duration = Duration::from_secs(180);
+/// (docs/using.md), up to here where the guest gets an eighteenth of what it wants.
+pub(crate) const BOUND: Duration = Duration::from_secs(600);
 /// Exit status of a child whose body failed; its failure went through the pipe.
 const FAILED: i32 = 1;
 /// Exit status of a child that panicked.

@@ -5,7 +5,7 @@
 //! it where the others wait: on a host whose processors are wanted ten times over, ten seconds of heartbeats are one second of
 //! work. The host's kernel says for each thread how long it ran and how long it could have run and did not
 //! (Documentation/scheduler/sched-stats.rst, `/proc/PID/task/TID/schedstat`); a heartbeat counts for as much as the first is of both.
-//! An idle guest wants nothing and lacks nothing. What a hypervisor under this host takes away is not seen.
+//! An idle guest wants nothing and lacks nothing: it counts for no less than the part of the time in which no thread waited. What a hypervisor under this host takes away is not seen.
 //!
 //! Heartbeats that do not count are sign of life, and time to gates, which the guest counts itself; neither the oracle nor the
 //! watchdog's patience sees them.
@@ -112,13 +112,20 @@ impl Starvation {
     /// Part of what it wanted that the guest got in the last `window`, as far back as it is known.
     pub(super) fn share(&self, now: Instant, window: Duration) -> f64 {
         let recent = |span: &&Span| now.saturating_duration_since(span.at) < window;
-        let (mut had, mut wanted) = (0.0, 0.0);
+        let (mut had, mut wanted, mut waited, mut length) = (0.0, 0.0, 0.0, 0.0);
         for span in self.spans.iter().rev().take_while(recent) {
             let idle = span.length.mul_f64(IDLE).as_secs_f64();
             had += span.ran.as_secs_f64() + idle;
             wanted += span.ran.as_secs_f64() + span.waited.as_secs_f64() + idle;
+            waited += span.waited.as_secs_f64();
+            length += span.length.as_secs_f64();
         }
-        if wanted == 0.0 { 1.0 } else { had / wanted }
+        if wanted == 0.0 {
+            return 1.0;
+        }
+        // In the rest of the time none of its threads waited: it did what it had to do, or had nothing to do. So a guest that hangs and
+        // sleeps is not taken for a starved one because its few wakings wait long.
+        (had / wanted).max(1.0 - waited / length)
     }
 
     /// How long something takes at present that takes so long when the guest gets all that it wants.
@@ -185,6 +192,8 @@ mod tests {
         assert!(share_of(0, 0) > 0.99);
         // A thread that wakes ten times a second on a busy host.
         assert!(share_of(1, 10) > 0.8);
+        // One that hangs, and whose clock ticks on a host that is very busy.
+        assert!(share_of(5, 200) > 0.55);
         // Two processors that run all the time, and four that are wanted by two.
         assert!(share_of(1000, 0) > 0.99);
         assert!((0.45..0.6).contains(&share_of(1000, 1000)));
