@@ -13,8 +13,9 @@ use guest_protocol::{CONSOLE_PREFIX, Message};
 
 pub use splat::{Splat, SplatKind};
 
-/// Lines kept for messages about a lost guest.
-const TAIL: usize = 256;
+/// Lines kept for messages about a lost guest: two times the stacks of all its tasks that matter, and what the kernel says of those that
+/// hang in between. A line has 4 KiB at the most.
+const TAIL: usize = 2048;
 /// Largest log; a guest may print for ever.
 const MAX_LOG: u64 = 64 << 20;
 
@@ -215,13 +216,13 @@ mod tests {
     fn the_tail_is_bounded_and_counted() {
         let mut console = Console::new(None);
         let mut items = Vec::new();
-        for index in 0..1000 {
+        for index in 0..3000 {
             console.feed(format!("line {index}\n").as_bytes(), &mut items);
             items.clear();
         }
-        assert_eq!(console.count(), 1000);
-        assert_eq!(console.tail(2), ["line 998", "line 999"]);
-        assert_eq!(console.since(997).len(), 3);
+        assert_eq!(console.count(), 3000);
+        assert_eq!(console.tail(2), ["line 2998", "line 2999"]);
+        assert_eq!(console.since(2997).len(), 3);
         assert_eq!(console.since(0).len(), TAIL);
     }
 }

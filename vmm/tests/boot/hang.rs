@@ -14,8 +14,8 @@ fn hangs(name: &str, workload: &str, rule: &str) -> (Finished, Value) {
     let patch = mutant(name);
     let finished = run([workload, "--patch", &patch, "--seed", "7", "--iterations", "1"]);
     finished.expect_status(1).expect_said(rule).expect_said("verdict: violation");
-    // Booting, building, thirty seconds of guest time without progress at the most, and an end.
-    assert!(finished.took < Duration::from_secs(150), "{:?}", finished.took);
+    // Booting, building, thirty seconds of guest time without progress at the most, and an end; longer where others work too.
+    assert!(finished.took < Duration::from_secs(300), "{:?}", finished.took);
     assert!(finished.counter("heartbeats") >= 100, "the guest did not live on");
     let violation = finished.violation(rule).clone();
     (finished, violation)
