@@ -180,28 +180,45 @@ impl Context {
 
     /// Binds a file that is open, which another process may have opened, and tells the witness.
     pub(crate) fn bind_on(device: &dyn Device, file: Box<dyn DeviceFile>) -> Checked<Self> {
-        let until = Instant::now() + BOUND;
-        let mut pause = Pause::default();
-        let handle = loop {
-            match file.bind() {
-                // Files of processes that have just ended are closed a little later, so the contexts come back a little later.
-                Err(Errno::ENOSPC) if Instant::now() < until => pause.take(),
-                Err(Errno::EINTR) => {}
-                other => break other.doing("bind")?,
-            }
+        let context = Self::on(file)?;
+        context.claim(device)?;
+        Ok(context)
+    }
+
+    /// Opens and binds, and tells the witness; `None` if the device has no context left.
+    pub(crate) fn bind_if_any(device: &dyn Device) -> Checked<Option<Self>> {
+        let file = device.open().doing("open")?;
+        let handle = match file.bind() {
+            Err(Errno::ENOSPC) => return Ok(None),
+            other => other.doing("bind")?,
         };
         let context = Self { file, handle, newest: Arc::default() };
-        match device.associate(handle) {
-            Err(Errno::ESRCH) => context.mirror(device)?,
-            other => other.doing("associate")?,
+        context.claim(device)?;
+        Ok(Some(context))
+    }
+
+    /// Tells the witness whose it is.
+    fn claim(&self, device: &dyn Device) -> Checked {
+        match device.associate(self.handle) {
+            Err(Errno::ESRCH) => self.mirror(device),
+            other => other.doing("associate"),
         }
-        Ok(context)
     }
 
     /// Binds a file that is open already, perhaps by another process. The witness is told by [`Context::associate`], which may
     /// have to come after the first access.
     pub(crate) fn on(file: Box<dyn DeviceFile>) -> Checked<Self> {
-        let handle = file.bind().doing("bind")?;
+        let until = Instant::now() + BOUND;
+        let mut pause = Pause::default();
+        let handle = loop {
+            match file.bind() {
+                // Files of processes that have just ended are closed a little later, so the contexts come back a little later; and
+                // some case may have all of them for a moment.
+                Err(Errno::ENOSPC) if Instant::now() < until => pause.take(),
+                Err(Errno::EINTR) => {}
+                other => break other.doing("bind")?,
+            }
+        };
         Ok(Self { file, handle, newest: Arc::default() })
     }
 

@@ -166,6 +166,15 @@ impl Mapping {
         Ok(range)
     }
 
+    /// Anonymous memory at the end of the address space, behind the stack; EEXIST if something is there.
+    pub(crate) fn last(bytes: usize) -> Result<Self, Errno> {
+        /// Where it ends: the last page of the lower half is never mapped.
+        const END: usize = (1 << 47) - PAGE;
+        let start = END.checked_sub(bytes).ok_or(Errno::EINVAL)?;
+        map_at(start, bytes, Prot::Write, MapFlags::MAP_FIXED_NOREPLACE, Backing::Anonymous)?;
+        Ok(Self { start, bytes })
+    }
+
     /// Takes a range of addresses without access.
     pub(crate) fn reserve(bytes: usize, align: usize) -> Result<Self, Errno> {
         let align = align.max(PAGE);

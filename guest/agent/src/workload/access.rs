@@ -129,6 +129,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     round.case("anon-thp/leaves", |rng| huge::leaves(device, rng));
     round.case("anon-thp/split-by-unmap", |rng| huge::split_by_unmap(device, rng));
     round.case("anon-thp/split-by-protect", |rng| huge::split_by_protect(device, rng));
+    round.case("anon-4k/end-of-address-space", |rng| last(device, rng));
     round.case("burst", |rng| many::burst(device, rng.next()));
     round.case("every-queue-faults", |rng| many::queues(device, rng.next()));
     round.case("anon-4k/more-than-tables", |rng| many::regions(device, rng.next()));
@@ -327,13 +328,28 @@ fn round_case_hole(round: &mut Round<'_, '_>, name: &str, beyond_end: bool) {
 fn emptied(device: &dyn Device, rng: &mut Rng) -> Checked {
     let pages = 8;
     let map = Mapping::small(pages * PAGE).doing("mmap")?;
-    let context = Context::bind(device)?;
+    emptied_on(&Context::bind(device)?, &map, rng)
+}
+
+/// The same behind the stack, up to the last page that a process may have.
+fn last(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let map = match Mapping::last(8 * PAGE) {
+        Err(nix::errno::Errno::EEXIST) => {
+            return Err(Failure::Skip("something else is mapped there".to_owned()));
+        }
+        other => other.doing("mmap")?,
+    };
+    emptied_on(&Context::bind(device)?, &map, rng)
+}
+
+fn emptied_on(context: &Context, map: &Mapping, rng: &mut Rng) -> Checked {
+    let pages = map.bytes() / PAGE;
     map.touch(0, pages * PAGE);
-    context.fill(&map, 0, pages * PAGE, pattern(rng))?;
+    context.fill(map, 0, pages * PAGE, pattern(rng))?;
     map.advise(0, pages * PAGE, MmapAdvise::MADV_DONTNEED).doing("madvise")?;
     // The middle first, where two parts may have met: what was freed is soon another page, and zeros again.
     let mut order = std::iter::once(pages / 2).chain(0..pages);
-    order.try_for_each(|page| context.check(&map, page * PAGE, PAGE, Pattern::ZERO))
+    order.try_for_each(|page| context.check(map, page * PAGE, PAGE, Pattern::ZERO))
 }
 
 /// Two processes, each with a context, on the same shared pages.

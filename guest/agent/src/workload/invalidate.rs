@@ -101,6 +101,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
             }
         }
     }
+    round.case("fork/written", |rng| fork_written(device, rng));
     // Each block is 64 pages that the device has mapped, and so 64 invalidations.
     for (name, blocks, op) in
         [("dontneed", 12, Op::DontNeed), ("mprotect-none", 6, Op::ProtectNone), ("munmap", 6, Op::Munmap)]
@@ -328,6 +329,20 @@ impl Scene {
         written.store(0, 1);
         child.join()
     }
+}
+
+/// What the device wrote to pages that were clean stays after a fork, which takes its right to write and leaves it the pages: reclaim drops those
+/// that nobody has called dirty.
+fn fork_written(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let context = Context::bind(device)?;
+    let map = Mapping::small(WINDOW).doing("mmap")?;
+    map.fill(0, WINDOW, Pattern { first: rng.next(), step: rng.next() | 1 });
+    map.advise(0, WINDOW, MmapAdvise::MADV_FREE).doing("madvise")?;
+    let new = Pattern { first: rng.next(), step: rng.next() | 1 };
+    context.fill(&map, 0, WINDOW, new)?;
+    Child::spawn(|_| Ok(()))?.join()?;
+    map.advise_by_number(0, WINDOW, advice::PAGEOUT).doing("MADV_PAGEOUT")?;
+    context.cpu_check(&map, 0, WINDOW, new).doing("after reclaim")
 }
 
 /// Takes away block after block, page by page in an order of chance, after the device has mapped all of it.

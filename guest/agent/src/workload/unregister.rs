@@ -13,7 +13,7 @@ use super::Round;
 use super::release::{LONG, MEDIUM, Occupied};
 use crate::client::{Context, Job};
 use crate::device::{Device, DeviceFile};
-use crate::memory::{Backing, HUGE, Mapping, PAGE, Pattern, WINDOW};
+use crate::memory::{Backing, HUGE, Mapping, PAGE, Pattern, WINDOW, advice};
 use crate::outcome::{Checked, Doing, Failure, describe, require};
 use crate::process::{BOUND, Child, close_files_in_vfork, exit_now};
 use crate::rng::Rng;
@@ -22,13 +22,17 @@ use crate::rng::Rng;
 pub(super) const ROUNDS: u64 = 6;
 /// Contexts that go while somebody waits, one after the other: the interrupt for the job that goes with each may come before or after.
 const WAITERS: usize = 3;
+/// Contexts that go while somebody migrates, one after the other.
+const MIGRATING: usize = 6;
+/// Contexts that no device of ours has.
+const MOST_CONTEXTS: usize = 256;
 /// Binds of the rebind loop.
 const REBINDS: usize = 24;
 
 /// One round.
 pub(super) fn round(round: &mut Round<'_, '_>) {
     type Body = fn(&dyn Device, &mut Rng) -> Checked;
-    let bodies: [(&str, Body); 20] = [
+    let bodies: [(&str, Body); 24] = [
         ("close/idle", |device, rng| close(device, rng, false)),
         ("close/running", |device, rng| close(device, rng, true)),
         ("close/thread", close_from_thread),
@@ -43,6 +47,10 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
         ("unbind/waiting", unbind_under_waiter),
         ("close/faulting", |device, rng| end_faulting(device, rng, closing)),
         ("unbind/faulting", |device, rng| end_faulting(device, rng, |file| file.unbind())),
+        ("close/written", |device, rng| end_written(device, rng, closing)),
+        ("unbind/written", |device, rng| end_written(device, rng, |file| file.unbind())),
+        ("unbind/migrating", unbind_while_migrating),
+        ("no-context-left", no_context_left),
         ("close/changing", |device, rng| end_changing(device, rng, closing)),
         ("unbind/changing", |device, rng| end_changing(device, rng, |file| file.unbind())),
         ("bind-inherited", bind_inherited),
@@ -375,4 +383,68 @@ fn bind_twice(device: &dyn Device, rng: &mut Rng) -> Checked {
     require(context.file().bind() == Err(Errno::EBUSY), || "a second bind is not EBUSY".to_owned())?;
     let used = Used::new(&context, rng)?;
     used.unharmed(&context)
+}
+
+/// What the device wrote to pages that were clean stays when its context ends: that it was written must be told then, for the pages are the
+/// process's own still, and reclaim drops those that are clean.
+fn end_written(
+    device: &dyn Device,
+    rng: &mut Rng,
+    end: impl Fn(&dyn DeviceFile) -> Result<(), Errno>,
+) -> Checked {
+    let context = Context::bind(device)?;
+    let used = Used::new(&context, rng)?;
+    used.map.fill(0, WINDOW, used.pattern);
+    used.map.advise(0, WINDOW, MmapAdvise::MADV_FREE).doing("madvise")?;
+    let new = Pattern { first: rng.next(), step: rng.next() | 1 };
+    context.fill(&used.map, 0, WINDOW, new)?;
+    end(context.file()).doing("end")?;
+    used.map.advise_by_number(0, WINDOW, advice::PAGEOUT).doing("MADV_PAGEOUT")?;
+    context.cpu_check(&used.map, 0, WINDOW, new).doing("after reclaim")
+}
+
+/// UNBIND while another thread migrates to the device and back: whatever has been copied, nothing is given to a context that has gone.
+fn unbind_while_migrating(device: &dyn Device, rng: &mut Rng) -> Checked {
+    for _ in 0..MIGRATING {
+        let context = Context::bind(device)?;
+        let used = Used::new(&context, rng)?;
+        if context.file().migrate(used.map.at(0), PAGE as u64, true) == Err(Errno::EOPNOTSUPP) {
+            return Err(Failure::Skip("the kernel has no device-private memory".to_owned()));
+        }
+        let delay = Duration::from_micros(rng.below(3000));
+        std::thread::scope(|scope| {
+            let (context, at) = (&context, used.map.at(0));
+            scope.spawn(move || {
+                let migrate = |to_device| context.file().migrate(at, WINDOW as u64, to_device).is_ok();
+                while migrate(true) && migrate(false) {}
+            });
+            std::thread::sleep(delay);
+            context.file().unbind()
+        })
+        .doing("unbind")?;
+        used.unharmed(&context)?;
+    }
+    Ok(())
+}
+
+/// More contexts are wanted than the device has: those that there are go on.
+fn no_context_left(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let first = Context::bind(device)?;
+    let used = Used::new(&first, rng)?;
+    used.read_for_long(&first, rng)?;
+    let mut others = Vec::new();
+    while let Some(other) = Context::bind_if_any(device)? {
+        others.push(other);
+        if others.len() > MOST_CONTEXTS {
+            return Err(Failure::Skip("this device has no end of contexts".to_owned()));
+        }
+    }
+    // Asked once more, with all of them there.
+    others.extend(Context::bind_if_any(device)?);
+    first.check(&used.map, 0, WINDOW, used.pattern).doing("beside all others")?;
+    if let Some(last) = others.last() {
+        last.check(&used.map, 0, WINDOW, used.pattern).doing("by the last of all")?;
+    }
+    drop(others);
+    first.check(&used.map, 0, WINDOW, used.pattern)
 }

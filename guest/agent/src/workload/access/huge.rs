@@ -83,6 +83,10 @@ impl Scene {
         if maps == 0 {
             return Err(Failure::Skip("this driver has no leaves of 2 MiB".to_owned()));
         }
+        if huge_kib(self.map.at(0), self.map.bytes())? as usize != self.map.bytes() >> 10 {
+            // Reclaim does that, and a driver that migrates by itself.
+            return Err(Failure::Skip("the huge pages have been split meanwhile".to_owned()));
+        }
         require(maps >= pages as u64, || {
             format!("the CPU maps {pages} huge pages here, but the driver has written {maps} leaves of 2 MiB")
         })

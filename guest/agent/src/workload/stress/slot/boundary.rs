@@ -108,8 +108,12 @@ impl Slot<'_> {
         // ksmd's page comes without the protection of that which it replaces; and which fault a broken page was meant by is open.
         let mix = self.tools.mix;
         let Some(uffd) = self.uffd.take_if(|_| count > 0 && !mix.alike && !mix.poison) else { return Ok(()) };
-        // Only pages that are there are protected.
-        (first..first + count).try_for_each(|page| self.cpu_check(page))?;
+        // Only pages that are there are protected. Each is written, for the zero page loses its protection when it is migrated, which a
+        // driver may do by itself: the kernel puts a page that may be written in its place.
+        for page in first..first + count {
+            self.cpu_check(page)?;
+            self.map.store(self.at(page), self.pages[page].pattern.word(0));
+        }
         let (at, bytes) = (self.at(first), count * PAGE);
         uffd.register(self.map, at, bytes, Mode::WriteProtect)?;
         uffd.protect(self.map, at, bytes, true)?;
