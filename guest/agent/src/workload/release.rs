@@ -24,7 +24,7 @@ use crate::process::{BOUND, Child, Pause, exit_now, reap_memory, undisturbed, wa
 use crate::rng::Rng;
 
 /// Rounds in the default suite.
-pub(super) const ROUNDS: u64 = 19;
+pub(super) const ROUNDS: u64 = 16;
 /// Contexts of most processes.
 const FEW: usize = 3;
 /// Contexts of the process that has many. The device has 64 in all.
