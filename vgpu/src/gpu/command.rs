@@ -161,8 +161,13 @@ impl Device {
     /// forgotten the context by then. So whoever waits for such a job must not depend on it.
     fn raise_owed(&self) {
         // Who still drains has not reported; the end of a drain wakes this thread.
-        if !self.draining.load(SeqCst) && self.owed.swap(false, SeqCst) {
-            self.jitter.before_a_late_interrupt();
+        if self.draining.load(SeqCst) || !self.owed.load(SeqCst) {
+            return;
+        }
+        self.jitter.before_a_late_interrupt();
+        // A reset forgets it, and holds this lock meanwhile.
+        let _core = self.core.lock();
+        if self.powered() && self.owed.swap(false, SeqCst) {
             self.interrupts.raise(VECTOR_COMPLETION, &self.registers);
         }
     }

@@ -17,14 +17,14 @@ const BETWEEN: (u64, u64) = (64, 1_000);
 /// Once in so many steps that end while a drain waits, and for how long at most, in microseconds.
 const STEPS: (u64, u64) = (16, 1_500);
 /// Once in so many interrupts for jobs that were killed, and for how long at most.
-const INTERRUPTS: (u64, u64) = (3, 1_500);
+const LATE: (u64, u64) = (3, 1_500);
 /// Chances are drawn in spells of so many, of which one in so many is slow: every second chance is taken. Threads of a driver that
 /// wait for each other meet only where several waits come together.
 const SPELL: (u64, u64) = (64, 16);
 /// Keeps the spells apart from the chances.
 const SPELLS: u64 = 0x5ca1_ab1e;
 /// Keeps what is drawn for completions apart from both.
-const INTERRUPT: u64 = 0x0dd_ba11;
+const COALESCED: u64 = 0x0dd_ba11;
 
 /// Where the moments come from. Without a seed there are none.
 pub(crate) struct Jitter {
@@ -51,12 +51,12 @@ impl Jitter {
     /// Whether the interrupt for a completion waits for the next one's.
     pub(crate) fn coalesces(&self) -> bool {
         let Some(seed) = self.seed else { return false };
-        random_index(seed ^ INTERRUPT, self.completions.fetch_add(1, Relaxed), 2) == 0
+        random_index(seed ^ COALESCED, self.completions.fetch_add(1, Relaxed), 2) == 0
     }
 
     /// To be called with no lock held, when the command that an interrupt comes from has been reported.
     pub(crate) fn before_a_late_interrupt(&self) {
-        self.pause(INTERRUPTS);
+        self.pause(LATE);
     }
 
     /// To be called at the end of a step, while it is still published and a drain waits.

@@ -5,7 +5,8 @@
 //! it where the others wait: on a host whose processors are wanted ten times over, ten seconds of heartbeats are one second of
 //! work. The host's kernel says for each thread how long it ran and how long it could have run and did not
 //! (Documentation/scheduler/sched-stats.rst, `/proc/PID/task/TID/schedstat`); a heartbeat counts for as much as the first is of both.
-//! An idle guest wants nothing and lacks nothing: it counts for no less than the part of the time in which no thread waited. What a hypervisor under this host takes away is not seen.
+//! An idle guest wants nothing and lacks nothing: its heartbeats are worth no less than the part of the time in which no thread
+//! waited. What a hypervisor under this host takes away is not seen.
 //!
 //! Heartbeats that do not count are sign of life, and time to gates, which the guest counts itself; neither the oracle nor the
 //! watchdog's patience sees them.

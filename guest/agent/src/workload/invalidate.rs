@@ -101,7 +101,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
             }
         }
     }
-    round.case("fork/written", |rng| fork_written(device, rng));
+    round.case("fork/written", |rng| written(device, rng, |_| Child::spawn(|_| Ok(()))?.join()));
     // Each block is 64 pages that the device has mapped, and so 64 invalidations.
     for (name, blocks, op) in
         [("dontneed", 12, Op::DontNeed), ("mprotect-none", 6, Op::ProtectNone), ("munmap", 6, Op::Munmap)]
@@ -331,16 +331,16 @@ impl Scene {
     }
 }
 
-/// What the device wrote to pages that were clean stays after a fork, which takes its right to write and leaves it the pages: reclaim drops those
-/// that nobody has called dirty.
-fn fork_written(device: &dyn Device, rng: &mut Rng) -> Checked {
+/// What the device wrote to pages that were clean stays when something takes its right to write and leaves the pages: reclaim drops those that
+/// nobody has called dirty.
+pub(super) fn written(device: &dyn Device, rng: &mut Rng, then: impl FnOnce(&Context) -> Checked) -> Checked {
     let context = Context::bind(device)?;
     let map = Mapping::small(WINDOW).doing("mmap")?;
     map.fill(0, WINDOW, Pattern { first: rng.next(), step: rng.next() | 1 });
     map.advise(0, WINDOW, MmapAdvise::MADV_FREE).doing("madvise")?;
     let new = Pattern { first: rng.next(), step: rng.next() | 1 };
     context.fill(&map, 0, WINDOW, new)?;
-    Child::spawn(|_| Ok(()))?.join()?;
+    then(&context)?;
     map.advise_by_number(0, WINDOW, advice::PAGEOUT).doing("MADV_PAGEOUT")?;
     context.cpu_check(&map, 0, WINDOW, new).doing("after reclaim")
 }

@@ -51,6 +51,8 @@ const HANDLER: &str = "handler";
 const FOUND: &str = "return:hmm_range_fault";
 /// Locks on a handler's way before which it is held, one a case.
 const LOCKS: usize = 3;
+/// Where it takes one.
+const LOCKING: &str = "entry:mutex_lock";
 /// Where the kernel gives a page an address for a device.
 const MAPPING: &str = "entry:dma_map_page_attrs";
 /// How long a handler gets to come to another place, in times of what it took to come to the first: often it never does.
@@ -115,7 +117,7 @@ const PLACES: [Place; 4] = [
         ],
     },
     Place {
-        at: "entry:mutex_lock",
+        at: LOCKING,
         whom: HANDLER,
         moments: &[
             Moment { name: "locking", play: locking, drops: &DROPS, times: LOCKS },
@@ -166,7 +168,7 @@ fn hold_at<'a>(gates: Gates<'a>, place: &Place) -> Checked<Option<Hold<'a>>> {
     }
     match gates.hold_after(FOUND, place.at, HANDLER)? {
         // A kernel that proves its locks has it under another name.
-        None if place.at != MAPPING => gates.hold_after(FOUND, "entry:mutex_lock_nested", HANDLER),
+        None if place.at == LOCKING => gates.hold_after(FOUND, "entry:mutex_lock_nested", HANDLER),
         hold => Ok(hold),
     }
 }
@@ -257,6 +259,13 @@ impl Scene {
             }
             Drop::Truncate => ftruncate(file()?, at as i64).doing("ftruncate"),
         }
+    }
+
+    /// What goes is there, and the device has read it.
+    fn seen(&self) -> Checked {
+        let (at, bytes) = self.hole;
+        self.map.touch(at, bytes);
+        self.context.run(Job::strided_read(self.map.at(at), (bytes / PAGE) as u64, PAGE))?.ok().map(drop)
     }
 
     /// What goes is on the device, or of all that goes the page that is accessed.
@@ -370,28 +379,22 @@ fn found_at_last(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &m
 /// goes.
 fn locking(scene: &Scene, lock: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
     let (at, bytes) = scene.hole;
-    scene.map.touch(at, bytes);
     // It has its tables already, for making them takes locks too.
-    scene.context.run(Job::strided_read(scene.map.at(at), (bytes / PAGE) as u64, PAGE))?.ok()?;
+    scene.seen()?;
     scene.map.advise(at, bytes, MmapAdvise::MADV_DONTNEED).doing("madvise")?;
     scene.map.touch(at, bytes);
-    while_held(scene, hold, rng, |mut came| {
-        for _ in 0..lock {
-            came = match came {
-                Some(next) if hold.admit(next)? => Some(next),
-                _ => None,
-            };
-        }
-        scene.apply()
-    })
+    before_lock(scene, lock, hold, rng)
 }
 
 /// The same with a page that is on the device.
 fn locking_on_device(scene: &Scene, lock: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
-    let (at, bytes) = scene.hole;
-    scene.map.touch(at, bytes);
-    scene.context.run(Job::strided_read(scene.map.at(at), (bytes / PAGE) as u64, PAGE))?.ok()?;
+    scene.seen()?;
     scene.move_to_device()?;
+    before_lock(scene, lock, hold, rng)
+}
+
+/// The handler is held before this lock of its, if it comes to so many, and the memory goes.
+fn before_lock(scene: &Scene, lock: usize, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
     while_held(scene, hold, rng, |mut came| {
         for _ in 0..lock {
             came = match came {
@@ -435,9 +438,7 @@ fn mapping(scene: &Scene, _: usize, _: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng
 
 /// Whoever drops the memory is held when the driver has been told, and the device accesses it.
 fn told(scene: &Scene, _: usize, gates: Gates<'_>, hold: &Hold<'_>, rng: &mut Rng) -> Checked {
-    let (at, bytes) = scene.hole;
-    scene.map.touch(at, bytes);
-    scene.context.run(Job::strided_read(scene.map.at(at), (bytes / PAGE) as u64, PAGE))?.ok()?;
+    scene.seen()?;
     // A thread that comes into being has invalidations of its own.
     let ready = Barrier::new(2);
     let (came, ticket) = std::thread::scope(|scope| {

@@ -11,6 +11,7 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::mman::MmapAdvise;
 use nix::sys::signal::{Signal, raise};
 use nix::unistd::Pid;
+use vgpu_spec::uapi;
 
 use super::boundary::Narrow;
 use super::{EXIT_ARGUMENT, Round};
@@ -37,9 +38,6 @@ pub(super) const MEDIUM: u64 = 1 << 15;
 const BEGUN: u64 = 1000;
 /// Words that the device reads through each context, four to a page, to prove that it mirrors the process.
 const READS: u64 = 1024;
-
-/// What QUERY says of a bound context.
-const BOUND_STATE: u32 = 1;
 
 /// A process's memory and the contexts on it.
 pub(super) struct Occupied {
@@ -311,7 +309,7 @@ fn outlive(occupied: &Occupied, parent: Pid) -> Checked {
         // Whoever serves a fault at that moment holds the address space, so its release may come a little later.
         let until = Instant::now() + BOUND;
         let mut pause = Pause::default();
-        while context.file().query().doing("query")?.state == BOUND_STATE {
+        while context.file().query().doing("query")?.state == uapi::STATE_BOUND {
             require(Instant::now() < until, || "the context of an ended process stays bound".to_owned())?;
             pause.take();
         }

@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::mman::MmapAdvise;
+use vgpu_spec::uapi;
 
 use super::Round;
+use super::invalidate::written;
 use super::release::{LONG, MEDIUM, Occupied};
 use crate::client::{Context, Job};
 use crate::device::{Device, DeviceFile};
-use crate::memory::{Backing, HUGE, Mapping, PAGE, Pattern, WINDOW, advice};
+use crate::memory::{Backing, HUGE, Mapping, PAGE, Pattern, WINDOW};
 use crate::outcome::{Checked, Doing, Failure, describe, require};
 use crate::process::{BOUND, Child, close_files_in_vfork, exit_now};
 use crate::rng::Rng;
@@ -229,7 +231,7 @@ fn unbind(device: &dyn Device, rng: &mut Rng, running: bool) -> Checked {
     }
     context.file().unbind().doing("unbind")?;
     let state = context.file().query().doing("query")?.state;
-    require(state != 1, || "an unbound context says that it is bound".to_owned())?;
+    require(state != uapi::STATE_BOUND, || "an unbound context says that it is bound".to_owned())?;
     require(!context.accepts(Job::strided_read(used.map.at(0), 1, 8)), || {
         "a job on an unbound context was taken".to_owned()
     })?;
@@ -388,22 +390,13 @@ fn bind_twice(device: &dyn Device, rng: &mut Rng) -> Checked {
     used.unharmed(&context)
 }
 
-/// What the device wrote to pages that were clean stays when its context ends: that it was written must be told then, for the pages are the
-/// process's own still, and reclaim drops those that are clean.
+/// That the device has written must be told when its context ends: the pages are the process's own still.
 fn end_written(
     device: &dyn Device,
     rng: &mut Rng,
-    end: impl Fn(&dyn DeviceFile) -> Result<(), Errno>,
+    end: impl FnOnce(&dyn DeviceFile) -> Result<(), Errno>,
 ) -> Checked {
-    let context = Context::bind(device)?;
-    let used = Used::new(&context, rng)?;
-    used.map.fill(0, WINDOW, used.pattern);
-    used.map.advise(0, WINDOW, MmapAdvise::MADV_FREE).doing("madvise")?;
-    let new = Pattern { first: rng.next(), step: rng.next() | 1 };
-    context.fill(&used.map, 0, WINDOW, new)?;
-    end(context.file()).doing("end")?;
-    used.map.advise_by_number(0, WINDOW, advice::PAGEOUT).doing("MADV_PAGEOUT")?;
-    context.cpu_check(&used.map, 0, WINDOW, new).doing("after reclaim")
+    written(device, rng, |context| end(context.file()).doing("end"))
 }
 
 /// UNBIND while another thread migrates to the device and back: whatever has been copied, nothing is given to a context that has gone.

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What jobs do to memory.
 
+use std::sync::atomic::Ordering::SeqCst;
+
 use vgpu_spec::command::*;
 #[allow(unused_imports, reason = "a command and a job have this name, with the same value")]
 use vgpu_spec::job::OP_NOP;
 use vgpu_spec::job::*;
 use vgpu_spec::pte::{ATOMIC, HUGE, VALID, VRAM, WRITE};
 
-use super::rig;
+use super::{GpuConfig, rig};
 use crate::function::Function as _;
+use crate::testing::Rig;
 
 const VA: u64 = 0x7f12_3400_0000;
 const OTHER: u64 = 0x1_0000_0000;
@@ -120,19 +123,73 @@ fn bad_jobs_bus_errors_and_interrupts() {
     assert_eq!(queue.run(&rig, job(99, 0, 0, 0, [0; 3])).status, JOB_BAD);
     assert_eq!(queue.run(&rig, job(OP_NOP, 0, 0, 0, [0; 3])).status, JOB_OK);
     assert_eq!(queue.run(&rig, job(OP_FILL, VA, 0, 0, [0; 3])).status, JOB_OK);
-    rig.until("interrupts", || rig.interrupts.0[1].load(std::sync::atomic::Ordering::SeqCst) == 3);
+    rig.until("interrupts", || rig.interrupts.0[1].load(SeqCst) == 3);
     let mut quiet = job(OP_NOP, 0, 0, 0, [0; 3]);
     quiet.flags = FLAG_NO_IRQ;
     for _ in 0..10 {
         assert_eq!(queue.run(&rig, quiet).status, JOB_OK);
     }
-    assert_eq!(rig.interrupts.0[1].load(std::sync::atomic::Ordering::SeqCst), 3);
+    assert_eq!(rig.interrupts.0[1].load(SeqCst), 3);
     // Outside guest memory.
     space.map(VA, 0x5000 | VALID | WRITE | ATOMIC);
     let done = queue.run(&rig, job(OP_FILL, VA + 16, 0, 64, [0; 3]));
     assert_eq!((done.status, done.address), (JOB_BUS_ERROR, VA + 16));
     let done = queue.run(&rig, job(OP_ATOMIC_ADD, VA + 16, 0, 64, [0; 3]));
     assert_eq!((done.status, done.address), (JOB_BUS_ERROR, VA + 16));
+}
+
+/// A device that takes its time.
+fn slow_rig() -> Rig {
+    Rig::new(
+        GpuConfig { jitter: Some(5), contexts: 8, queues: 8, table_pages: 64, ..GpuConfig::default() },
+        64 << 20,
+    )
+}
+
+/// Waits for one more completion interrupt than `heard`.
+fn hear(rig: &Rig, heard: &mut u64) {
+    let count = || rig.interrupts.0[1].load(SeqCst);
+    rig.until("an interrupt", || count() > *heard);
+    *heard = count();
+}
+
+#[test]
+fn an_interrupt_stands_for_several_completions_and_none_is_forgotten() {
+    const JOBS: u64 = 20;
+    const ROUNDS: u64 = 20;
+    let rig = slow_rig();
+    let mut space = rig.bind();
+    let mut queue = space.queue(6);
+    space.map_range(VA, rig.alloc(0x1000), 0x1000);
+    let mut heard = 0;
+    for _ in 0..ROUNDS {
+        // Between two that take a while: the first so that they stand ready, the last so that its interrupt is one of its own.
+        let long = job(OP_RANDOM, VA, 0, 100_000, [7, 0x1000, 0]);
+        queue.submit(&rig, long);
+        for _ in 2..JOBS {
+            queue.submit(&rig, job(OP_NOP, 0, 0, 0, [0; 3]));
+        }
+        let last = queue.submit(&rig, long);
+        // As a driver that looks only when it is told to.
+        while queue.completion(&rig, last).is_none() {
+            hear(&rig, &mut heard);
+        }
+    }
+    assert!(heard < JOBS * ROUNDS, "{heard} interrupts");
+}
+
+#[test]
+fn the_interrupt_for_killed_jobs_comes_late_and_comes() {
+    let rig = slow_rig();
+    let mut heard = 0;
+    for _ in 0..20 {
+        let mut space = rig.bind();
+        let mut queue = space.queue(2);
+        // Nothing is mapped there: it is parked.
+        queue.submit(&rig, job(OP_FILL, VA, 0, 8, [0; 3]));
+        assert!(space.close().iter().all(|status| *status == STATUS_OK));
+        hear(&rig, &mut heard);
+    }
 }
 
 #[test]

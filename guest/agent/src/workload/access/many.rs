@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! More than a driver likes: faults at a time, for every queue that there is stands at one; and page tables, for there are not so many.
 
+use vgpu_spec::uapi;
+
 use crate::client::{Context, Job, Ticket};
 use crate::device::Device;
 use crate::memory::{Backing, HUGE, Mapping, PAGE, Prot};
@@ -9,7 +11,7 @@ use crate::outcome::{Checked, Doing, Failure, require};
 /// Contexts, of 64 that the device has: others may still be on their way out.
 const CONTEXTS: usize = 56;
 /// Queues of a context.
-const QUEUES: usize = 2;
+const QUEUES: usize = uapi::QUEUES as usize;
 /// Pages that each queue faults in, one after the other.
 const PAGES: usize = 12;
 
