@@ -178,9 +178,9 @@ impl Child {
         Ok(self.poll_end()?.is_some())
     }
 
-    /// Sends a signal.
+    /// Sends a signal, if it has not ended already: then its number may be another's, and its end says what was wrong.
     pub(crate) fn signal(&self, signal: Signal) -> Checked {
-        kill(self.pid, signal).doing("kill")
+        if self.ended.is_some() { Ok(()) } else { kill(self.pid, signal).doing("kill") }
     }
 
     /// Waits until the child says that it is ready; its number.
@@ -416,6 +416,14 @@ mod tests {
         .unwrap();
         child.signal(Signal::SIGKILL).unwrap();
         child.join_killed(Signal::SIGKILL).unwrap();
+        let mut child = Child::spawn(|parent| {
+            parent.ready(0);
+            Err(Failure::wrong("at once"))
+        })
+        .unwrap();
+        assert_eq!(child.wait().unwrap(), Ended::Exited(FAILED));
+        child.signal(Signal::SIGKILL).unwrap();
+        assert_eq!(child.join_killed(Signal::SIGKILL), Err(Failure::wrong("at once")));
         let mut child = Child::spawn(|_| {
             std::panic::set_hook(Box::new(|_| {}));
             panic!("on purpose")

@@ -230,10 +230,12 @@ fn killed_migrating(device: &dyn Device, rng: &mut Rng) -> Checked {
     for _ in 0..KILLS {
         let mut child = Child::spawn(|parent| {
             let placed = Placed::unmoved(device, rng, BYTES)?;
+            // Once before it is killed: what cannot be migrated here is not tried.
+            migrate(&placed.context, &placed.map, 0, BYTES, To::Device)?;
             parent.ready(0);
             loop {
-                migrate(&placed.context, &placed.map, 0, BYTES, To::Device)?;
                 migrate(&placed.context, &placed.map, 0, BYTES, To::System)?;
+                migrate(&placed.context, &placed.map, 0, BYTES, To::Device)?;
             }
         })?;
         child.wait_ready()?;
