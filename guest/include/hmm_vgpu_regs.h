@@ -116,6 +116,9 @@
 #define WITNESS_REQUEST_PANIC 0x4
 #define WITNESS_QUESTION_WORDS 0x20
 #define WITNESS_QUESTIONS_MOST 0xa
+#define WITNESS_QUESTIONS_MORE 0x100000000
+#define WITNESS_QUESTIONS_STAYS 0x200000000
+#define WITNESS_QUESTIONS_ANSWERED 0x400000000
 #define WITNESS_MAX_MESSAGE 0x10000
 #define WITNESS_GATE_SLOTS 0x40
 #define WITNESS_GATE_SITES 0x40
@@ -276,10 +279,12 @@
 #define WITNESS_REC_RANGE_START 0x14
 /* The end of an invalidation has been entered, of event PROTECTION_VMA only: arguments as in RANGE_START. */
 #define WITNESS_REC_RANGE_END 0x15
-/* Where it stands whether an invalidation has come to its end: arg0 bus address of an array of u64, arg1 how many, arg2 bus address of as many questions of QUESTION_WORDS u64 each. An invalidation's slot holds its number until its end is entered. While a RANGE_START is judged the host may write questions to its slot's place: how many, then for each an address, the page's physical address, a context's handle. */
+/* Where it stands whether an invalidation has come to its end: arg0 bus address of an array of u64, arg1 how many, arg2 bus address of as many questions of QUESTION_WORDS u64 each. An invalidation's slot holds its number until its end is entered. While a RANGE_START is judged the host may write questions to its slot's place: how many (with QUESTIONS_MORE and QUESTIONS_STAYS), then for each an address, the page's physical address, a context's handle. The answer is written over how many there are. */
 #define WITNESS_REC_RANGE_SLOTS 0x16
 /* Answer to a question: arg0 address, arg1 physical address, arg2 context's handle, as in the question, arg3 the invalidation's number. The page is not dirty, and dropping it loses what is in it. */
 #define WITNESS_REC_PAGE_CLEAN 0x17
+/* The questions about an invalidation are answered, and QUESTIONS_MORE said that there are others: arg2 slot << 32, arg3 the invalidation's number. */
+#define WITNESS_REC_QUESTIONS 0x18
 /* The running task declares a range of its address space stable: arg0 first address, arg1 last (inclusive). Until its end it stays mapped and can be read and written. */
 #define WITNESS_REC_STABLE_BEGIN 0x1e
 /* The declaration of arg0 to arg1 ends: arg2 1 = it was kept, 0 = it is taken back. */

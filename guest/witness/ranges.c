@@ -175,42 +175,74 @@ void ranges_close(struct pci_dev *pdev)
 	entries = NULL;
 }
 
-/*
- * Whether what is in a page is lost when it is dropped as it is. The CPU's entry is
- * not dirty, the host has seen that.
- *
- * An anonymous page goes with its last mapping, and nobody wants it back; but who
- * reclaims it drops it only if it is clean, and holds its lock. What a driver has
- * to say of the others it has to say in all cases.
- */
-static bool page_would_be_lost(struct page *page)
+/* Whether nobody has said that there is something in it. Of others than these nobody asks. */
+static bool page_is_clean(struct page *page)
 {
 	struct folio *folio = page_folio(page);
 
-	if (folio_test_dirty(folio) || folio_test_hugetlb(folio) ||
-	    is_zone_device_page(page))
-		return false;
-	if (folio_test_anon(folio))
-		return folio_test_locked(folio);
-	return folio_mapping(folio);
+	return !folio_test_dirty(folio) && !folio_test_hugetlb(folio) &&
+	       !is_zone_device_page(page) &&
+	       (folio_test_anon(folio) || folio_mapping(folio));
 }
 
-/* The pages are still mapped: the caller is about to change that. */
-static void answer(u64 id, u32 slot, u64 number)
+/*
+ * Whether what is in a clean page is lost when it is dropped as it is. The CPU's
+ * entry is not dirty, the host has seen that.
+ *
+ * An anonymous page goes with its last mapping, and nobody wants it back; but who
+ * reclaims it drops it only if it is clean, and holds its lock. What a driver has
+ * to say of the others it has to say in all cases. Unless it has pinned them: then
+ * they stay, and it may say so when it unpins them.
+ */
+static bool clean_page_would_be_lost(struct page *page)
+{
+	struct folio *folio = page_folio(page);
+
+	if (folio_maybe_dma_pinned(folio))
+		return false;
+	return !folio_test_anon(folio) || folio_test_locked(folio);
+}
+
+/* Answers some questions. Returns whether there are more. */
+static bool answer_some(u64 id, u32 slot, u64 number)
 {
 	const __le64 *word = questions[slot];
-	u64 count = min_t(u64, le64_to_cpu(READ_ONCE(*word++)),
-			  WITNESS_QUESTIONS_MOST);
+	u64 what = le64_to_cpu(READ_ONCE(*word++));
+	u64 count = min_t(u64, (u32)what, WITNESS_QUESTIONS_MOST);
+	u64 answer = WITNESS_QUESTIONS_ANSWERED;
+	unsigned int i;
 
-	for (; count; count--, word += 3) {
+	if (!count)
+		return false;
+	for (i = 0; i < count; i++, word += 3) {
 		u64 frame = le64_to_cpu(word[1]);
+		struct page *page;
 
-		if (pfn_valid(PHYS_PFN(frame)) &&
-		    page_would_be_lost(pfn_to_page(PHYS_PFN(frame))))
+		if (!pfn_valid(PHYS_PFN(frame)))
+			continue;
+		page = pfn_to_page(PHYS_PFN(frame));
+		if (!page_is_clean(page))
+			continue;
+		answer |= BIT_ULL(i);
+		if (!(what & WITNESS_QUESTIONS_STAYS) &&
+		    clean_page_would_be_lost(page))
 			witness_report(WITNESS_REC_PAGE_CLEAN, id,
 				       le64_to_cpu(word[0]), frame,
 				       le64_to_cpu(word[2]), number);
 	}
+	WRITE_ONCE(questions[slot][0], cpu_to_le64(answer));
+	return what & WITNESS_QUESTIONS_MORE;
+}
+
+/*
+ * The pages are still mapped: the caller is about to change that. It ends: the host
+ * has a list that becomes shorter.
+ */
+static void answer(u64 id, u32 slot, u64 number)
+{
+	while (answer_some(id, slot, number))
+		witness_report(WITNESS_REC_QUESTIONS, id, 0, 0, (u64)slot << 32,
+			       number);
 }
 
 /**

@@ -18,6 +18,7 @@ use super::context::State;
 use super::counters::count;
 use super::device::Device;
 use super::inflight::Range;
+use super::ops::ALL;
 use crate::memory::MemoryError;
 use crate::oracle::{DeviceEvent, Leak};
 
@@ -266,7 +267,11 @@ impl Device {
         match drain.finish {
             Finish::Nothing => {}
             Finish::Interrupt => core.interrupt = true,
-            Finish::Released(ctx) => self.oracle.event(DeviceEvent::ContextReleased { ctx }),
+            Finish::Released(ctx) => {
+                // Before the guest can know that it may let go of the pages.
+                self.oracle.ends_having_written(ctx, &self.take_written(ctx, ALL));
+                self.oracle.event(DeviceEvent::ContextReleased { ctx });
+            }
             Finish::Unbound { ctx, leak } => {
                 if let Some(context) = self.contexts.get(ctx.index() as usize) {
                     debug_assert_eq!(context.now(), (ctx, State::Closing));

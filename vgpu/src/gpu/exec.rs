@@ -154,7 +154,7 @@ impl Engine<'_> {
                 if let Some((va, access)) = operand {
                     compare.range(va, bytes, leaf, access);
                     if access & ACCESS_WRITE != 0 {
-                        self.side.tlbs[ctx.index() as usize].lock().wrote(va, leaf);
+                        self.side.tlbs[ctx.index() as usize].lock().wrote(va, bytes, leaf);
                     }
                 }
             }
@@ -279,7 +279,7 @@ impl Engine<'_> {
             }
             if access & ACCESS_WRITE != 0 {
                 let mut tlb = self.side.tlbs[ctx.index() as usize].lock();
-                self.checked.pages().iter().for_each(|&(va, raw)| tlb.wrote(va, raw));
+                self.checked.pages().iter().for_each(|&(va, raw)| tlb.wrote(va, 1, raw));
             }
         }
         drop(published);

@@ -8,7 +8,7 @@ use vgpu_spec::pte;
 
 use super::context::State;
 use super::device::Device;
-use crate::oracle::{ContextView, RangeView};
+use crate::oracle::{ContextView, RangeView, Written};
 
 impl Device {
     /// What the device has for a context now.
@@ -87,14 +87,14 @@ impl Device {
         Some(view)
     }
 
-    /// Addresses of pages of a context in a range that were written since this was asked last, `most` of them.
-    pub(crate) fn take_written(&self, ctx: Handle, (start, last): (u64, u64), most: usize) -> Vec<u64> {
+    /// Pages of a context in a range that were written since this was asked last.
+    pub(crate) fn take_written(&self, ctx: Handle, (start, last): (u64, u64)) -> Vec<Written> {
         let mut taken = Vec::new();
         let live =
             self.contexts.get(ctx.index() as usize).is_some_and(|context| context.state_of(ctx).is_some());
         if live {
             for engine in &self.engines {
-                engine.tlbs[ctx.index() as usize].lock().take_written(start, last, most, &mut taken);
+                engine.tlbs[ctx.index() as usize].lock().take_written(start, last, &mut taken);
             }
         }
         taken

@@ -21,7 +21,7 @@ use super::tables::Budget;
 use crate::oracle::{DeviceEvent, Leak};
 
 /// Everything a context can address.
-const ALL: Range = (0, u64::MAX);
+pub(super) const ALL: Range = (0, u64::MAX);
 /// Smallest and largest log2 of a queue's size.
 const QUEUE_LOG2: std::ops::RangeInclusive<u64> = 2..=10;
 

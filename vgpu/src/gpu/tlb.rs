@@ -5,20 +5,22 @@
 //! to tell it is found out. In front of it, private to the engine's thread, [`Micro`] keeps a few translations of one context;
 //! it is thrown away when the context's invalidation sequence has moved.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use vgpu_spec::handle::Handle;
-use vgpu_spec::pte::{self, HUGE_SHIFT, PAGE_SHIFT, leaf_shift};
+use vgpu_spec::pte::{self, HUGE_SHIFT, PAGE_SHIFT, leaf_address, leaf_shift};
+
+use crate::oracle::Written;
 
 /// Entries of either size in one TLB, whatever the configuration says: a driver that links its tables ever elsewhere and never
 /// invalidates must not use up the host's memory. 1 GiB in 4 KiB leaves.
 const ENTRIES_MAX: usize = 1 << 18;
 
 /// Written pages remembered in one TLB.
-const WRITTEN_MAX: usize = 1 << 14;
+const WRITTEN_MAX: usize = 1 << 16;
 
 /// Mixes page numbers, which differ in their low bits. The keys come from the driver, but a chosen collision only slows the
 /// context of the one who chose it.
@@ -97,8 +99,8 @@ impl Entries {
 pub(crate) struct Tlb {
     small: Entries,
     huge: Entries,
-    /// Pages that the engine has written, for the oracle: page number and log2 of the leaf's size. No translation.
-    written: HashSet<(u64, u32), PageHash>,
+    /// Pages of 4 KiB that the engine has written, for the oracle: page number and frame. No translation.
+    written: HashMap<u64, u64, PageHash>,
 }
 
 impl Tlb {
@@ -158,25 +160,32 @@ impl Tlb {
         }
     }
 
-    /// Remembers that the page of `va`, which `raw` leads to, is being written; only so many.
+    /// Remembers that the pages of `[va, va + bytes)`, which lie in the leaf `raw`, are being written; only so many.
     #[inline]
-    pub(crate) fn wrote(&mut self, va: u64, raw: u64) {
-        let shift = leaf_shift(raw);
-        if self.written.len() < WRITTEN_MAX {
-            self.written.insert((va >> shift, shift));
+    pub(crate) fn wrote(&mut self, va: u64, bytes: u64, raw: u64) {
+        for page in va >> PAGE_SHIFT..=(va + bytes.saturating_sub(1)) >> PAGE_SHIFT {
+            if self.written.len() < WRITTEN_MAX {
+                self.written.insert(page, leaf_address(raw, page << PAGE_SHIFT));
+            }
         }
     }
 
-    /// Takes out addresses of pages written that touch `[start, last]`, `most` of them.
-    pub(crate) fn take_written(&mut self, start: u64, last: u64, most: usize, taken: &mut Vec<u64>) {
-        self.written.retain(|&(page, shift)| {
-            let first = page << shift;
-            let inside = first <= last && start <= first | ((1 << shift) - 1);
-            if inside && taken.len() < most {
-                taken.push(first.max(start & !0xfff));
-            }
-            !inside
-        });
+    /// Takes out the pages written that touch `[start, last]`.
+    pub(crate) fn take_written(&mut self, start: u64, last: u64, taken: &mut Vec<Written>) {
+        let (first, last) = (start >> PAGE_SHIFT, last >> PAGE_SHIFT);
+        if last - first < self.written.len() as u64 {
+            taken.extend((first..=last).filter_map(|page| {
+                self.written.remove(&page).map(|frame| Written { va: page << PAGE_SHIFT, frame })
+            }));
+        } else {
+            self.written.retain(|&page, &mut frame| {
+                let inside = first <= page && page <= last;
+                if inside {
+                    taken.push(Written { va: page << PAGE_SHIFT, frame });
+                }
+                !inside
+            });
+        }
     }
 
     /// The context is another's now.
@@ -278,17 +287,22 @@ mod tests {
         assert_eq!(touching(&tlb, 0x5800, 0x7000), [0x5000, 0x6000, 0x7000]);
         assert_eq!(touching(&tlb, 0x6_2000, (4 << 21) + 5), [0x6_2000, 0x6_3000, 4 << 21]);
         assert_eq!(touching(&tlb, 0, u64::MAX).len(), 101);
-        tlb.wrote(0x5008, VALID | 0x5000);
-        tlb.wrote(0x9008, VALID | 0x9000);
-        tlb.wrote((4 << 21) + 0x5008, VALID | HUGE | 2 << 21);
+        tlb.wrote(0x5008, 1, VALID | 0x1_5000);
+        tlb.wrote(0x9008, 8, VALID | 0x9000);
+        // Of two pages a part, and of the one between them all.
+        tlb.wrote((4 << 21) + 0x5ff8, 0x1010, VALID | HUGE | 2 << 21);
         let written = |tlb: &mut Tlb, start, last| {
             let mut taken = vec![];
-            tlb.take_written(start, last, 9, &mut taken);
-            taken
+            tlb.take_written(start, last, &mut taken);
+            taken.sort_unstable_by_key(|written| written.va);
+            taken.iter().map(|written| (written.va, written.frame)).collect::<Vec<_>>()
         };
-        assert_eq!(written(&mut tlb, 0x5fff, 0x8fff), [0x5000]);
+        assert_eq!(written(&mut tlb, 0x5fff, 0x8fff), [(0x5000, 0x1_5000)]);
         assert!(written(&mut tlb, 0x5000, 0x5fff).is_empty());
-        assert_eq!(written(&mut tlb, (4 << 21) + 0x7000, u64::MAX), [(4 << 21) + 0x7000]);
+        let huge = |offset: u64| ((4 << 21) + offset, (2 << 21) + offset);
+        assert_eq!(written(&mut tlb, (4 << 21) + 0x6123, u64::MAX), [huge(0x6000), huge(0x7000)]);
+        assert_eq!(written(&mut tlb, 0x9fff, (4 << 21) + 0x5000), [(0x9000, 0x9000), huge(0x5000)]);
+        tlb.wrote(0x9008, 8, VALID | 0x9000);
         tlb.forget_written();
         assert!(written(&mut tlb, 0, u64::MAX).is_empty());
         assert_eq!(tlb.invalidate(0x5800, 0x7000), 3);

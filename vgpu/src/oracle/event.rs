@@ -245,6 +245,15 @@ pub struct RangeView {
     pub in_flight: Option<(u64, u64)>,
 }
 
+/// A page of 4 KiB that the device has written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// Its address in the context.
+    pub va: u64,
+    /// Where it was written, by the leaf.
+    pub frame: u64,
+}
+
 /// The device, as the oracle may question it.
 ///
 /// Called from [`super::Oracle::witness`] only, with none of the oracle's locks held; never from inside
@@ -257,7 +266,7 @@ pub trait Inspect: Send + Sync {
     /// most `most`; `None` if the handle is not live.
     fn range(&self, ctx: Handle, range: (u64, u64), write_only: bool, most: usize) -> Option<RangeView>;
 
-    /// Addresses of pages of a context in `[range.0, range.1]` that the device has written since it was asked last, at most
-    /// `most` (those beyond are forgotten as well). Only steps that were compared ([`super::Oracle::compare`]) count.
-    fn take_written(&self, ctx: Handle, range: (u64, u64), most: usize) -> Vec<u64>;
+    /// Pages of a context in `[range.0, range.1]` that the device has written since it was asked last. Only steps that were
+    /// compared ([`super::Oracle::compare`]) count.
+    fn take_written(&self, ctx: Handle, range: (u64, u64)) -> Vec<Written>;
 }

@@ -234,12 +234,6 @@ impl Compare<'_> {
         self.each(va, 1 << leaf_shift(leaf), leaf, leaf_access(leaf), true);
     }
 
-    /// The page of `va`, if the CPU has it and has not written it.
-    pub(super) fn clean(&self, va: u64) -> Option<Page> {
-        let page = self.space.walk(&self.memory, va);
-        (page.kind == Kind::Present && !page.dirty).then_some(page)
-    }
-
     /// What the CPU has for `va`, when it stands still, and what a translation is worth.
     pub(super) fn judged(&self, va: u64, leaf: u64, access: u32) -> (Page, Verdict) {
         let page = self.space.settled(&self.memory, va);

@@ -11,6 +11,7 @@
 //! own locks held.
 
 mod check;
+mod dirt;
 mod doubt;
 mod event;
 mod input;
@@ -39,7 +40,7 @@ mod release_test;
 mod stable_test;
 
 pub use check::{Checked, check};
-pub use event::{ContextView, DeviceEvent, Inspect, Leak, RangeView};
+pub use event::{ContextView, DeviceEvent, Inspect, Leak, RangeView, Written};
 pub use mirror::Compare;
 pub use rule::Rule;
 #[cfg(any(test, feature = "testing"))]
@@ -49,7 +50,7 @@ pub use violation::{OracleCounters, Violation};
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock, Weak};
 
 use arc_swap::ArcSwapOption;
@@ -58,6 +59,7 @@ use vgpu_spec::handle::Handle;
 use vgpu_spec::pte;
 use vgpu_spec::witness::{self, Record};
 
+use dirt::{Dirt, Fate, Mark};
 use input::{Asked, Input};
 use mirror::{Mirrors, Verdict};
 use moments::Moment;
@@ -66,8 +68,8 @@ use range::{Demand, Range};
 use state::{Finding, State, Watched};
 use trace::Trace;
 
-use crate::cpu::Format;
-use crate::memory::SystemMemory;
+use crate::cpu::{Format, Kind, Space};
+use crate::memory::{Snapshot, SystemMemory};
 
 /// How the oracle judges.
 #[derive(Clone, Copy, Debug)]
@@ -117,6 +119,32 @@ struct Slots {
     questions: u64,
 }
 
+/// Where questions about invalidations go, in the guest's memory.
+struct Places {
+    slots: Slots,
+    memory: Snapshot,
+}
+
+impl Places {
+    /// That of the invalidation in a slot.
+    fn of(&self, slot: u32) -> Option<u64> {
+        let Slots { count, questions, .. } = self.slots;
+        let offset = u64::from(slot).checked_mul(8 * witness::QUESTION_WORDS)?;
+        questions.checked_add(offset).filter(|_| questions != 0 && u64::from(slot) < count)
+    }
+
+    fn load(&self, slot: u32) -> Option<u64> {
+        Some(self.memory.atomic_u64(self.of(slot)?, false).ok()?.load(SeqCst))
+    }
+
+    /// If the guest has no memory there, it asks in vain.
+    fn put(&self, slot: u32, words: Option<&dirt::Words>) {
+        if let (Some(words), Some(place)) = (words, self.of(slot)) {
+            let _ = self.memory.write_object(place, words);
+        }
+    }
+}
+
 #[derive(Default)]
 struct Kept {
     list: Vec<Violation>,
@@ -155,6 +183,8 @@ pub struct Oracle {
     format: ArcSwapOption<Format>,
     /// Where it shows whether an invalidation has ended, and where questions about it go.
     slots: Mutex<Slots>,
+    /// Pages written that nobody has been told of.
+    dirt: Mutex<Dirt>,
     /// Steps held against the CPU's tables.
     compared: AtomicU64,
     /// Some page of VRAM was given back, and the CPU's tables still named it.
@@ -190,6 +220,7 @@ impl Oracle {
             memory: OnceLock::new(),
             format: ArcSwapOption::empty(),
             slots: Mutex::default(),
+            dirt: Mutex::default(),
             compared: AtomicU64::new(0),
             outliving: AtomicBool::new(false),
             trace,
@@ -260,7 +291,10 @@ impl Oracle {
                     told = self.watched.contains(ctx);
                 }
                 E::ContextReleased { ctx } | E::ContextUnbound { ctx, .. } => self.mirrors.clear(ctx),
-                E::Reset => self.mirrors.clear_all(),
+                E::Reset => {
+                    self.mirrors.clear_all();
+                    self.dirt.lock().clear();
+                }
                 _ => {}
             }
         } else if !matches!(event, E::ContextBound { .. } | E::ContextUnbound { .. } | E::Reset) {
@@ -296,7 +330,7 @@ impl Oracle {
                 .as_ref()
                 .filter(|_| slot < count)
                 .and_then(|snapshot| snapshot.atomic_u64(base.checked_add(8 * slot)?, false).ok());
-            word.is_some_and(|word| word.load(std::sync::atomic::Ordering::SeqCst) == number)
+            word.is_some_and(|word| word.load(SeqCst) == number)
         })
     }
 
@@ -324,6 +358,7 @@ impl Oracle {
                 self.mirrors.clear_all();
                 self.format.store(None);
                 *self.slots.lock() = Slots::default();
+                self.dirt.lock().clear();
                 self.judge(&input);
             }
             witness::CPU_FORMAT => {
@@ -341,6 +376,7 @@ impl Oracle {
             witness::RANGE_END => self.range_end(record, &input),
             witness::HEARTBEAT => self.heartbeat(&input),
             witness::ASSOCIATE => self.associate(record),
+            witness::QUESTIONS => self.ask_more(record),
             // What is in it is no business of the oracle's.
             witness::MESSAGE => {}
             kind => match Moment::of(kind) {
@@ -392,33 +428,77 @@ impl Oracle {
             let Some(view) = device.range(ctx, (range.start, range.last), no_write, 1) else { continue };
             self.judge(&Input::RangeView { mm: record.mm, range, ctx, view });
         }
-        self.ask_for_dirt(device.as_ref(), &range, &concerned);
+        self.ask_for_dirt(device.as_ref(), record.mm, &range, &concerned);
     }
 
     /// Asks the witness whether pages that the device has written are dirty, now that the driver has let go of them. Where the
-    /// CPU's entry is dirty by itself, there is nothing to ask.
-    fn ask_for_dirt(&self, device: &dyn Inspect, range: &Range, concerned: &[Handle]) {
-        let Slots { count, questions, .. } = *self.slots.lock();
-        let mut words = [0; witness::QUESTION_WORDS as usize];
-        let mut asked = 0;
+    /// CPU's entry is dirty by itself, or is another page's, there is nothing to ask.
+    fn ask_for_dirt(&self, device: &dyn Inspect, mm: u64, range: &Range, concerned: &[Handle]) {
+        let fate = range.fate();
+        if fate == Fate::Untouched {
+            return;
+        }
+        let Some(places) = self.places() else { return };
+        let mut marks = Vec::new();
         for &ctx in concerned {
-            let written = device.take_written(ctx, (range.start, range.last), witness::QUESTIONS_MOST);
-            let Some(compare) = self.compare(ctx).filter(|_| !written.is_empty()) else { continue };
-            for va in written {
-                if let Some(page) = compare.clean(va).filter(|_| asked < witness::QUESTIONS_MOST) {
-                    words[1 + 3 * asked..4 + 3 * asked].copy_from_slice(&[va, page.frame, ctx.0]);
-                    asked += 1;
-                }
+            let written = device.take_written(ctx, (range.start, range.last));
+            marks.extend(written.into_iter().map(|written| Mark::new(ctx, written)));
+        }
+        {
+            let mut dirt = self.dirt.lock();
+            dirt.fetch(|slot| places.load(slot));
+            if fate != Fate::Stays {
+                dirt.gone(mm, range);
             }
+            dirt.take(mm, range, &mut marks);
         }
-        let place = u64::from(range.slot).checked_mul(8 * witness::QUESTION_WORDS);
-        let place = place.and_then(|offset| questions.checked_add(offset));
-        let (Some(place), Some(memory)) = (place, self.memory.get()) else { return };
-        if asked > 0 && questions != 0 && u64::from(range.slot) < count {
-            words[0] = asked as u64;
-            // If the guest has no memory there, it asks in vain.
-            let _ = memory.snapshot().write_object(place, &words);
+        if fate != Fate::Settled {
+            self.only_clean(mm, &mut marks);
+            let words = self.dirt.lock().ask(mm, range, marks);
+            places.put(range.slot, words.as_ref());
         }
+    }
+
+    /// Leaves those whose pages the CPU has, and has not written.
+    fn only_clean(&self, mm: u64, marks: &mut Vec<Mark>) {
+        let root = self.state.lock().root_of(mm);
+        let (Some(root), Some((format, memory)), false) = (root, self.tables(), marks.is_empty()) else {
+            marks.clear();
+            return;
+        };
+        let space = Space { root, format };
+        marks.retain(|mark| {
+            let page = space.walk(&memory, mark.va);
+            page.kind == Kind::Present && !page.dirty && page.frame == mark.frame
+        });
+    }
+
+    /// The questions about an invalidation are answered, and there are more.
+    fn ask_more(&self, record: &Record) {
+        let (slot, number) = ((record.arg[2] >> 32) as u32, record.arg[3]);
+        let Some(places) = self.places() else { return };
+        let words = {
+            let mut dirt = self.dirt.lock();
+            dirt.fetch(|slot| places.load(slot));
+            dirt.more(slot, number)
+        };
+        places.put(slot, words.as_ref());
+    }
+
+    fn places(&self) -> Option<Places> {
+        let slots = *self.slots.lock();
+        Some(Places { slots, memory: self.memory.get()?.snapshot() })
+    }
+
+    /// A context ends, or is Released: nobody asks the device any more what it has written for it. To be called before
+    /// [`DeviceEvent::ContextReleased`]; the device may hold its own locks.
+    pub fn ends_having_written(&self, ctx: Handle, written: &[Written]) {
+        if !self.config.enabled || written.is_empty() {
+            return;
+        }
+        let Some(mm) = self.state.lock().living_mm_of(ctx) else { return };
+        let mut dirt = self.dirt.lock();
+        written.iter().for_each(|&written| dirt.owe(mm, Mark::new(ctx, written)));
     }
 
     /// The end of a change of rights: no translation may allow more than the CPU's now.
@@ -446,6 +526,7 @@ impl Oracle {
     /// Looks at what the contexts of an address space still have.
     fn look(&self, mm: u64, moment: Moment, input: &Input) {
         if moment == Moment::Released {
+            self.dirt.lock().forget(mm);
             // Its tables are as the last task left them.
             self.look_at_absent(mm, (0, u64::MAX));
             self.look_at_outliving(Sight::Last, |one| one.place.mm == mm);

@@ -17,7 +17,7 @@ use super::*;
 pub(super) struct Fake(
     pub(super) Mutex<BTreeMap<u64, ContextView>>,
     pub(super) Mutex<BTreeMap<u64, RangeView>>,
-    pub(super) Mutex<Vec<u64>>,
+    pub(super) Mutex<Vec<Written>>,
 );
 
 impl Inspect for Fake {
@@ -27,8 +27,8 @@ impl Inspect for Fake {
     fn range(&self, ctx: Handle, _: (u64, u64), _: bool, _: usize) -> Option<RangeView> {
         self.1.lock().get(&ctx.0).cloned()
     }
-    fn take_written(&self, _: Handle, _: (u64, u64), _: usize) -> Vec<u64> {
-        self.2.lock().clone()
+    fn take_written(&self, _: Handle, _: (u64, u64)) -> Vec<Written> {
+        std::mem::take(&mut self.2.lock())
     }
 }
 

@@ -2,7 +2,7 @@
 //! Invalidations of a living address space: what a driver must be done with when the start has returned, what it must not do
 //! before the end, and what its rights must be at the end.
 
-use vgpu_spec::handle::Handle;
+use vgpu_spec::handle::{Handle, Kind};
 use vgpu_spec::witness::Record;
 use vgpu_spec::{pte, range as spec};
 
@@ -268,13 +268,18 @@ impl State {
 
     /// A page that the device has written is clean when the driver has let go of it.
     pub(super) fn dirty_lost(&mut self, id: u64, ctx: Handle, va: u64, frame: u64) -> Option<Finding> {
-        if self.mm_of(ctx) != Some(id) {
+        let mirrors = match self.contexts.get(&ctx.0) {
+            Some(context) => context.mm == Some(id),
+            // One that has ended, and still owed somebody the word.
+            None => ctx.kind() == Some(Kind::Context) && self.mms.contains_key(&id),
+        };
+        if !mirrors {
             self.bad_records += 1;
             return None;
         }
         let mm = self.mm_name(Some(id));
         let summary = format!(
-            "{ctx} has written {va:#x} of {mm} (page {frame:#x}) and lost it to an invalidation, but neither the page nor the CPU's entry is dirty"
+            "{ctx} has written {va:#x} of {mm} (page {frame:#x}) and lost it, but neither the page nor the CPU's entry is dirty"
         );
         Some(Finding {
             rule: Rule::MirrorDirtyLost,

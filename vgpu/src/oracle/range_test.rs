@@ -409,31 +409,139 @@ fn ends_are_judged_by_their_own_rules() {
     g.clean();
 }
 
+const WRITTEN: Written = Written { va: VA, frame: 0x1234_5000 };
+const CLEAN: u64 = HERE & !0x40;
+
+impl Guest {
+    fn question(&self, slot: u64, word: u64) -> u64 {
+        let at = QUESTIONS + 256 * slot + 8 * word;
+        self.memory.snapshot().atomic_u64(at, false).unwrap().load(SeqCst)
+    }
+    /// The witness has answered, and said of the pages of `clean` that they are.
+    fn answer(&self, slot: u64, clean: u64) {
+        self.memory
+            .snapshot()
+            .store_u64(QUESTIONS + 256 * slot, witness::QUESTIONS_ANSWERED | clean)
+            .unwrap();
+    }
+    /// Nothing is asked in the course of this.
+    fn asks_nothing(&self, event: u32, slot: u64) {
+        self.answer(slot, 0);
+        self.start(event, slot);
+        assert_eq!(self.question(slot, 0), witness::QUESTIONS_ANSWERED);
+    }
+    fn asked(&self, slot: u64) -> [u64; 4] {
+        [0, 1, 2, 3].map(|word| self.question(slot, word))
+    }
+    fn writes(&self) {
+        *self.fake.2.lock() = vec![WRITTEN];
+    }
+}
+
+/// A guest whose device has written, the CPU having not.
+fn written() -> Guest {
+    let g = guest();
+    g.device(RangeView::default());
+    g.cpu(CLEAN);
+    g.writes();
+    g
+}
+
 #[test]
 fn what_the_device_has_written_is_dirty_when_it_goes() {
-    let g = guest();
-    let question = |slot: u64, word: u64| {
-        g.memory
-            .snapshot()
-            .atomic_u64(QUESTIONS + 256 * slot + 8 * word, false)
-            .unwrap()
-            .load(std::sync::atomic::Ordering::SeqCst)
-    };
-    *g.fake.2.lock() = vec![VA];
-    g.device(RangeView::default());
+    let g = written();
+    let question = [1, VA, 0x1234_5000, g.ctx.0];
     g.cpu(HERE);
+    g.asks_nothing(spec::CLEAR, 1);
+    g.writes();
+    g.cpu(ELSEWHERE & !0x40);
+    g.asks_nothing(spec::CLEAR, 1);
+    g.writes();
+    g.cpu(CLEAN);
+    // Nothing is taken away.
+    g.asks_nothing(spec::SOFT_DIRTY, 1);
+    g.asks_nothing(spec::PROTECTION_VMA, 1);
     g.start(spec::CLEAR, 1);
-    assert_eq!(question(1, 0), 0, "the CPU's entry is dirty");
-    g.cpu(HERE & !0x40);
-    g.start(spec::SOFT_DIRTY, 1);
-    assert_eq!(question(1, 0), 0, "nothing is taken away");
-    g.start(spec::PROTECTION_PAGE, 1);
-    assert_eq!([0, 1, 2, 3].map(|word| question(1, word)), [1, VA, 0x1234_5000, g.ctx.0]);
+    assert_eq!(g.asked(1), question);
     g.clean();
     g.tell(witness::PAGE_CLEAN, 1, [VA, 0x1234_5000, g.ctx.0, 101]);
     assert_eq!(g.rules(), ["mirror/dirty-lost"]);
     g.tell(witness::PAGE_CLEAN, 1, [VA, 0x1234_5000, 77, 101]);
     assert_eq!(g.oracle.counters().bad_records, 1);
+    g.answer(1, 1);
+    g.asks_nothing(spec::CLEAR, 1);
+}
+
+#[test]
+fn what_is_clean_when_rights_go_is_asked_of_once_more() {
+    for (answer, again) in [(0, false), (1, true)] {
+        let g = written();
+        g.start(spec::PROTECTION_PAGE, 2);
+        let question = [VA, 0x1234_5000, g.ctx.0];
+        assert_eq!(g.asked(2), [&[1 | witness::QUESTIONS_STAYS], &question[..]].concat()[..]);
+        // The context has ended since.
+        g.oracle.event(E::ContextReleased { ctx: g.ctx });
+        g.oracle.event(E::ContextUnbound { ctx: g.ctx, leak: Leak::default() });
+        g.answer(2, answer);
+        if again {
+            g.start(spec::CLEAR, 1);
+            assert_eq!(g.asked(1), [&[1], &question[..]].concat()[..]);
+            g.tell(witness::PAGE_CLEAN, 1, [VA, 0x1234_5000, g.ctx.0, 101]);
+            assert_eq!(g.rules(), ["mirror/dirty-lost"]);
+        }
+        g.answer(1, 1);
+        g.asks_nothing(spec::CLEAR, 1);
+    }
+}
+
+#[test]
+fn what_an_ended_context_has_written_is_asked_of_when_it_goes() {
+    let end = |g: &Guest| {
+        g.oracle.ends_having_written(g.ctx, &[WRITTEN]);
+        g.oracle.event(E::ContextReleased { ctx: g.ctx });
+        g.fake.2.lock().clear();
+    };
+    let g = written();
+    end(&g);
+    g.start(spec::CLEAR, 1);
+    assert_eq!(g.asked(1), [1, VA, 0x1234_5000, g.ctx.0]);
+    // The driver's own doing, or the end.
+    type Act<'a> = &'a dyn Fn(&Guest);
+    let moves: Act<'_> = &|g| g.start(spec::MIGRATE | spec::OWNED, 2);
+    let turned_off: Act<'_> = &|g| g.oracle.event(E::Reset);
+    for act in [moves, turned_off] {
+        let g = written();
+        end(&g);
+        act(&g);
+        g.asks_nothing(spec::CLEAR, 1);
+    }
+    let g = written();
+    end(&g);
+    g.tell(witness::MM_RELEASED, 1, [0; 4]);
+    assert!(g.oracle.dirt.lock().is_empty());
+    end(&g);
+    assert!(g.oracle.dirt.lock().is_empty(), "it has ended");
+}
+
+#[test]
+fn questions_have_no_end_but_their_number() {
+    let g = written();
+    *g.fake.2.lock() = vec![WRITTEN; 25];
+    g.start(spec::CLEAR, 1);
+    let more = |slot: u64, number: u64| g.tell(witness::QUESTIONS, 1, [0, 0, slot << 32, number]);
+    for asked in [10 | witness::QUESTIONS_MORE, 10 | witness::QUESTIONS_MORE, 5] {
+        assert_eq!(g.question(1, 0), asked);
+        more(1, 101);
+        assert_eq!(g.question(1, 0), asked, "not answered");
+        g.answer(1, 0);
+        more(1, 100);
+        more(u64::from(u32::MAX), 101);
+        assert_eq!(g.question(1, 0), witness::QUESTIONS_ANSWERED, "of no such invalidation");
+        more(1, 101);
+    }
+    assert_eq!(g.question(1, 0), witness::QUESTIONS_ANSWERED);
+    assert!(g.oracle.dirt.lock().is_empty());
+    g.clean();
 }
 
 #[test]

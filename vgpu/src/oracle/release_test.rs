@@ -66,7 +66,7 @@ impl Inspect for Racer {
     fn range(&self, _: Handle, _: (u64, u64), _: bool, _: usize) -> Option<RangeView> {
         None
     }
-    fn take_written(&self, _: Handle, _: (u64, u64), _: usize) -> Vec<u64> {
+    fn take_written(&self, _: Handle, _: (u64, u64)) -> Vec<Written> {
         Vec::new()
     }
 }

@@ -222,6 +222,16 @@ impl State {
         self.contexts.get(&ctx.0)?.mm
     }
 
+    /// Address space of a context, if it has not been released.
+    pub(super) fn living_mm_of(&self, ctx: Handle) -> Option<u64> {
+        self.mm_of(ctx).filter(|id| self.mms.get(id).is_some_and(|mm| !mm.released))
+    }
+
+    /// Address of the top table of an address space that lives.
+    pub(super) fn root_of(&self, mm: u64) -> Option<u64> {
+        self.mms.get(&mm).filter(|mm| !mm.released && mm.root != 0).map(|mm| mm.root)
+    }
+
     pub(super) fn mm_name(&self, mm: Option<u64>) -> String {
         match mm.map(|id| (id, self.mms.get(&id))) {
             Some((id, Some(mm))) => format!("address space {id} (process {})", mm.tgid),
