@@ -68,7 +68,7 @@
 #define VGPU_REG_WINDOW_PAGE 0xa0
 /* How many register accesses were refused (offset, width, alignment, read-only). */
 #define VGPU_REG_BAD_ACCESSES 0xa4
-/* Queue doorbells, by queue index: bits 0-15 the index behind the last job written, modulo 2^16; bits 16-31 the low half of the queue handle's generation. */
+/* Queue doorbells, by queue index: bits 0-15 the index behind the last job written, modulo 2^16 (a job has its place until it has completed); bits 16-31 the low half of the queue handle's generation. */
 #define VGPU_REG_QUEUE_DOORBELL(n) (0x1000 + 4 * (n))
 #define VGPU_BAR_BYTES 0x10000
 #define VGPU_WINDOW 0x8000

@@ -252,21 +252,30 @@ impl Context {
         &*self.file
     }
 
-    /// Queues a job.
+    /// Queues a job, if need be when there is a place for it.
     pub(crate) fn submit(&self, job: Job) -> Checked<Ticket> {
         let until = Instant::now() + BOUND;
         let mut pause = Pause::default();
         loop {
-            match self.file.submit(&job.0) {
-                Ok(fence) => {
-                    if let Some(newest) = self.newest.get(job.0.queue as usize) {
-                        newest.fetch_max(fence, Ordering::Relaxed);
-                    }
-                    return Ok(Ticket { queue: job.0.queue, fence });
-                }
-                Err(Errno::EAGAIN | Errno::EINTR) if Instant::now() < until => pause.take(),
-                Err(errno) => return Err(self.refusal(errno)).doing("submit"),
+            match self.try_submit(job)? {
+                Some(ticket) => return Ok(ticket),
+                None if Instant::now() < until => pause.take(),
+                None => return Err(self.refusal(Errno::EAGAIN)).doing("submit"),
             }
+        }
+    }
+
+    /// Queues a job; `None` if the queue is full (or a signal came in between).
+    pub(crate) fn try_submit(&self, job: Job) -> Checked<Option<Ticket>> {
+        match self.file.submit(&job.0) {
+            Ok(fence) => {
+                if let Some(newest) = self.newest.get(job.0.queue as usize) {
+                    newest.fetch_max(fence, Ordering::Relaxed);
+                }
+                Ok(Some(Ticket { queue: job.0.queue, fence }))
+            }
+            Err(Errno::EAGAIN | Errno::EINTR) => Ok(None),
+            Err(errno) => Err(self.refusal(errno)).doing("submit"),
         }
     }
 

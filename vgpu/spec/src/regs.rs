@@ -75,7 +75,7 @@ pub mod gpu {
     pub const ERROR_CMD_RING: u32 = 1 << 0;
     /// `ERROR`: the fault buffer is not usable.
     pub const ERROR_FAULT_BUFFER: u32 = 1 << 1;
-    /// `ERROR`: a queue's ring or completion ring is not usable.
+    /// `ERROR`: a queue's ring or completion ring is not usable, or its doorbell is ahead by more than the ring holds.
     pub const ERROR_QUEUE: u32 = 1 << 2;
     /// `ERROR`: a doorbell named a queue that does not exist (any more).
     pub const ERROR_DOORBELL: u32 = 1 << 3;
@@ -155,7 +155,7 @@ pub mod gpu {
         WINDOW_PAGE @ 0x0a0: ReadWrite(0xff_ffff);
         /// How many register accesses were refused (offset, width, alignment, read-only).
         BAD_ACCESSES @ 0x0a4: ReadOnly;
-        /// Queue doorbells, by queue index: bits 0-15 the index behind the last job written, modulo 2^16; bits 16-31 the low half of the queue handle's generation.
+        /// Queue doorbells, by queue index: bits 0-15 the index behind the last job written, modulo 2^16 (a job has its place until it has completed); bits 16-31 the low half of the queue handle's generation.
         QUEUE_DOORBELL @ 0x1000[256]: WriteOnly;
     }
 }

@@ -10,9 +10,8 @@ use vgpu_spec::fault::FAULT_BYTES;
 use vgpu_spec::handle::{Handle, Kind};
 use vgpu_spec::pte::ENTRIES;
 use vgpu_spec::regs::gpu::{
-    BAD_ACCESSES, CMD_BASE_LO, CMD_HEAD, CMD_SIZE, CMD_TAIL, CTRL, CTRL_ENABLE, CTRL_RESET, ERROR_CMD_RING,
-    ERROR_DOORBELL, ERROR_FAULT_BUFFER, FAULT_BASE_LO, FAULT_GET, FAULT_SIZE, FAULT_STATUS, IRQ_ENABLE,
-    IRQ_STATUS, WINDOW, WINDOW_PAGE,
+    BAD_ACCESSES, CMD_BASE_LO, CMD_HEAD, CMD_SIZE, CMD_TAIL, CTRL, CTRL_ENABLE, CTRL_RESET, ERROR_DOORBELL,
+    FAULT_BASE_LO, FAULT_GET, FAULT_SIZE, FAULT_STATUS, IRQ_ENABLE, IRQ_STATUS, WINDOW, WINDOW_PAGE,
 };
 
 use super::command::Ring;
@@ -22,6 +21,7 @@ use super::device::Device;
 use super::queue;
 use super::registers::{Written, doorbell};
 use crate::function::Effects;
+use crate::oracle::Unusable;
 
 /// An access to BAR0.
 enum Place {
@@ -133,7 +133,7 @@ impl Device {
         *request = Some(ring);
         drop(request);
         if ring.is_none() && log2 != 0 {
-            self.interrupts.error(ERROR_CMD_RING, &self.registers);
+            self.unusable(Unusable::CommandArea, None);
         }
         self.signal.notify();
     }
@@ -142,7 +142,7 @@ impl Device {
         let area = self.area(self.registers.pair(FAULT_BASE_LO), log2, FAULT_BYTES, 2..=12);
         self.faults.set_buffer(area.map(|area| (area.base, area.log2)), &self.registers);
         if area.is_none() && log2 != 0 {
-            self.interrupts.error(ERROR_FAULT_BUFFER, &self.registers);
+            self.unusable(Unusable::FaultArea, None);
         }
         self.signal.notify();
     }

@@ -10,9 +10,7 @@ use std::sync::atomic::{Ordering::SeqCst, fence};
 use parking_lot::MutexGuard;
 use vgpu_spec::command::{COMMAND_BYTES, Command, OP_INVALIDATE, STATUS_OK};
 use vgpu_spec::handle::Handle;
-use vgpu_spec::regs::gpu::{
-    CMD_DONE_LO, CMD_HEAD, CMD_TAIL, ERROR_CMD_RING, VECTOR_COMPLETION, VECTOR_EVENT,
-};
+use vgpu_spec::regs::gpu::{CMD_DONE_LO, CMD_HEAD, CMD_TAIL, VECTOR_COMPLETION, VECTOR_EVENT};
 
 use super::context::State;
 use super::counters::count;
@@ -20,7 +18,7 @@ use super::device::Device;
 use super::inflight::Range;
 use super::ops::ALL;
 use crate::memory::MemoryError;
-use crate::oracle::{DeviceEvent, Leak};
+use crate::oracle::{DeviceEvent, Leak, Unusable};
 
 /// Commands taken before what has come meanwhile is looked at. Who waits for the core's lock, a reset, gets it after each of
 /// them.
@@ -179,7 +177,7 @@ impl Device {
         if !self.powered() {
             return false;
         }
-        self.faults.pump(&self.fault_buffer());
+        self.faults.pump(self);
         self.progress(&mut core);
         let more = self.take_batch(&mut core);
         self.progress(&mut core);
@@ -198,7 +196,7 @@ impl Device {
         };
         let Some(ring) = ring else { return false };
         if tail.wrapping_sub(core.head) > ring.size() {
-            self.stop_ring(core);
+            self.stop_ring(core, Unusable::CommandTail);
             return false;
         }
         let snapshot = self.memory.snapshot();
@@ -212,7 +210,7 @@ impl Device {
         {
             let slot = ring.slot(core.head);
             let Ok(command) = snapshot.read_object::<Command>(slot) else {
-                self.stop_ring(core);
+                self.stop_ring(core, Unusable::CommandMemory);
                 return false;
             };
             core.head = core.head.wrapping_add(1);
@@ -253,7 +251,7 @@ impl Device {
             if let Some(slot) = slot {
                 core.done = core.done.wrapping_add(1);
                 if self.write_status(slot, &outcome).is_err() {
-                    self.stop_ring(core);
+                    self.stop_ring(core, Unusable::CommandMemory);
                 }
             }
         }
@@ -298,7 +296,7 @@ impl Device {
             fence(SeqCst);
             let address = self.registers.pair(CMD_DONE_LO);
             if address != 0 && self.memory.snapshot().store_u32(address, core.done).is_err() {
-                self.stop_ring(core);
+                self.stop_ring(core, Unusable::CommandMemory);
             }
         }
         if std::mem::take(&mut core.interrupt) {
@@ -307,12 +305,12 @@ impl Device {
     }
 
     /// The ring is not usable: nothing more is taken from it until the guest sets it up anew.
-    fn stop_ring(&self, core: &mut Core) {
+    fn stop_ring(&self, core: &mut Core, why: Unusable) {
         core.ring = None;
         for pending in &mut core.pending {
             pending.slot = None;
         }
-        self.interrupts.error(ERROR_CMD_RING, &self.registers);
+        self.unusable(why, None);
     }
 }
 

@@ -10,14 +10,15 @@ use parking_lot::Mutex;
 use vgpu_spec::handle::{Handle, Kind};
 use vgpu_spec::pte::leaf_shift;
 use vgpu_spec::regs::gpu::{
-    CAP_COHERENT_ATOMICS, CAPS, CONTEXTS, CTRL, CTRL_ENABLE, DATA_PAGES, ENGINES, QUEUES, TABLE_PAGES,
+    CAP_COHERENT_ATOMICS, CAPS, CONTEXTS, CTRL, CTRL_ENABLE, DATA_PAGES, ENGINES, ERROR_CMD_RING,
+    ERROR_FAULT_BUFFER, ERROR_QUEUE, QUEUES, TABLE_PAGES,
 };
 
 use super::GpuConfig;
 use super::command::{Core, RingRequest};
 use super::context::{Context, State};
 use super::counters::{DeviceCounters, EngineCounters, GpuCounters, count};
-use super::fault::{Buffer, Faults};
+use super::fault::Faults;
 use super::inflight::InFlight;
 use super::irq::Interrupts;
 use super::jitter::Jitter;
@@ -28,7 +29,7 @@ use super::sched::Scheduler;
 use super::tables::{Change, Tables};
 use super::tlb::{Micro, Tlb};
 use crate::memory::{Region, SystemMemory};
-use crate::oracle::{DeviceEvent, Leak, Oracle};
+use crate::oracle::{DeviceEvent, Leak, Oracle, Unusable};
 use crate::pci::ConfigSpace;
 
 /// The part of an engine that others see.
@@ -162,8 +163,16 @@ impl Device {
         self.signal.notify();
     }
 
-    pub(crate) fn fault_buffer(&self) -> Buffer<'_> {
-        Buffer { registers: &self.registers, memory: &self.memory, interrupts: &self.interrupts }
+    /// A ring or buffer cannot be used: says so to the driver by ERROR, and why to the oracle. `of` is context and queue.
+    pub(crate) fn unusable(&self, why: Unusable, of: Option<(Handle, Handle)>) {
+        let (ctx, queue) = of.unwrap_or((Handle::NONE, Handle::NONE));
+        self.oracle.event(DeviceEvent::Unusable { ctx, queue, why });
+        let bit = match why {
+            Unusable::CommandArea | Unusable::CommandTail | Unusable::CommandMemory => ERROR_CMD_RING,
+            Unusable::FaultArea | Unusable::FaultMemory => ERROR_FAULT_BUFFER,
+            Unusable::QueueTail | Unusable::QueueMemory => ERROR_QUEUE,
+        };
+        self.interrupts.error(bit, &self.registers);
     }
 
     /// To be called when something a drain may wait for has happened.

@@ -17,7 +17,7 @@ use super::fault::Parked;
 use super::inflight::Range;
 use super::queue::{End, Queue, Run};
 use super::work::Work;
-use crate::oracle::DeviceEvent;
+use crate::oracle::{DeviceEvent, Unusable};
 
 /// Steps of one turn, before another queue gets the engine.
 const TURN: u32 = 16;
@@ -128,17 +128,18 @@ impl<'d> Engine<'d> {
                     }
                 }
             }
-            if run.work.is_none() {
-                match queue.waiting(run) {
-                    Some(0) => return false,
-                    Some(_) => {}
-                    None => {
-                        device.stop_queue(run);
-                        return false;
-                    }
+            // A job has its place until it has completed: what is at work counts.
+            match queue.waiting(run) {
+                Some(0) if run.work.is_none() => return false,
+                Some(_) => {}
+                None => {
+                    device.stop_queue(run, Unusable::QueueTail);
+                    return false;
                 }
+            }
+            if run.work.is_none() {
                 let Ok(job) = device.fetch_job(run) else {
-                    device.stop_queue(run);
+                    device.stop_queue(run, Unusable::QueueMemory);
                     return false;
                 };
                 run.work = Work::new(job);
@@ -211,7 +212,7 @@ impl<'d> Engine<'d> {
         count(&device.counters.faults, 1);
         let handle = device.faults.raise(index, entry);
         device.oracle.event(DeviceEvent::FaultRaised { fault: handle, ctx: setup.ctx, va, access, again });
-        device.faults.park(index, &device.fault_buffer());
+        device.faults.park(index, device);
     }
 
     /// Publishes a step that touches `ranges`; `None` if the context does not translate any more.

@@ -7,12 +7,12 @@ use parking_lot::Mutex;
 use vgpu_spec::fault::{FAULT_BYTES, FaultEntry};
 use vgpu_spec::handle::{Handle, Kind};
 use vgpu_spec::regs::gpu::{
-    ERROR_FAULT_BUFFER, FAULT_GET, FAULT_OVERFLOW, FAULT_PUT, FAULT_PUT_WB_LO, FAULT_STATUS, VECTOR_FAULT,
+    FAULT_GET, FAULT_OVERFLOW, FAULT_PUT, FAULT_PUT_WB_LO, FAULT_STATUS, VECTOR_FAULT,
 };
 
-use super::irq::Interrupts;
+use super::device::Device;
 use super::registers::Registers;
-use crate::memory::SystemMemory;
+use crate::oracle::Unusable;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -68,13 +68,6 @@ pub(crate) struct Faults {
     inner: Mutex<Inner>,
 }
 
-/// What recording a fault needs beside the table.
-pub(crate) struct Buffer<'a> {
-    pub(crate) registers: &'a Registers,
-    pub(crate) memory: &'a SystemMemory,
-    pub(crate) interrupts: &'a Interrupts,
-}
-
 impl Faults {
     pub(crate) fn new(queues: u32) -> Self {
         let slot = Slot { generation: 0, state: State::Free, entry: FaultEntry::default() };
@@ -112,25 +105,25 @@ impl Faults {
     }
 
     /// From now on the driver may answer.
-    pub(crate) fn park(&self, index: u32, buffer: &Buffer<'_>) {
+    pub(crate) fn park(&self, index: u32, device: &Device) {
         let mut inner = self.inner.lock();
         let slot = &mut inner.slots[index as usize];
         if slot.state == State::Raising {
             slot.state = State::Parked { recorded: false };
             inner.unrecorded += 1;
-            inner.record(index, buffer);
+            inner.record(index, device);
         }
     }
 
     /// Records what could not be recorded before.
-    pub(crate) fn pump(&self, buffer: &Buffer<'_>) {
+    pub(crate) fn pump(&self, device: &Device) {
         let mut inner = self.inner.lock();
         if inner.unrecorded == 0 {
             return;
         }
         for index in 0..inner.slots.len() as u32 {
             if inner.slots[index as usize].state == (State::Parked { recorded: false })
-                && !inner.record(index, buffer)
+                && !inner.record(index, device)
             {
                 break;
             }
@@ -246,8 +239,8 @@ impl Inner {
     }
 
     /// Writes a parked fault to the buffer; whether the next one may be tried.
-    fn record(&mut self, index: u32, to: &Buffer<'_>) -> bool {
-        let Buffer { registers, memory, interrupts } = to;
+    fn record(&mut self, index: u32, device: &Device) -> bool {
+        let Device { registers, memory, interrupts, .. } = device;
         let Some((base, log2)) = self.buffer else { return false };
         if registers.get(FAULT_STATUS) & FAULT_OVERFLOW != 0 {
             return false;
@@ -273,7 +266,7 @@ impl Inner {
         });
         if written.is_err() {
             self.buffer = None;
-            interrupts.error(ERROR_FAULT_BUFFER, registers);
+            device.unusable(Unusable::FaultMemory, None);
             return false;
         }
         slot.state = State::Parked { recorded: true };

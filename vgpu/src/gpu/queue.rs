@@ -7,13 +7,12 @@ use parking_lot::Mutex;
 use vgpu_spec::fault::FaultEntry;
 use vgpu_spec::handle::{Handle, Kind};
 use vgpu_spec::job::{COMPLETION_BYTES, Completion, FLAG_NO_IRQ, JOB_BYTES, JOB_KILLED, Job};
-use vgpu_spec::regs::gpu::ERROR_QUEUE;
 
 use super::counters::count;
 use super::device::Device;
 use super::work::Work;
 use crate::memory::MemoryError;
-use crate::oracle::DeviceEvent;
+use crate::oracle::{DeviceEvent, Unusable};
 
 /// Where a queue slot is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -181,10 +180,10 @@ impl Device {
     }
 
     /// The queue's memory is not usable: nothing more is taken from it.
-    pub(crate) fn stop_queue(&self, run: &mut Run) {
+    pub(crate) fn stop_queue(&self, run: &mut Run, why: Unusable) {
         run.stopped = true;
         run.work = None;
-        self.interrupts.error(ERROR_QUEUE, &self.registers);
+        self.unusable(why, run.setup.map(|setup| (setup.ctx, setup.handle)));
     }
 
     /// Writes the completion of the job at the head, then the fence. Whether an interrupt is due.
@@ -208,7 +207,7 @@ impl Device {
             .and_then(|()| snapshot.store_u32(at + 8, end.status))
             .and_then(|()| if setup.fence == 0 { Ok(()) } else { snapshot.store_u64(setup.fence, fence) });
         if written.is_err() {
-            self.stop_queue(run);
+            self.stop_queue(run, Unusable::QueueMemory);
         }
         flags & FLAG_NO_IRQ == 0
     }
@@ -237,7 +236,7 @@ impl Device {
             }
             match self.fetch_job(run) {
                 Ok(job) => interrupt |= self.complete(run, job.fence, job.flags, killed),
-                Err(_) => self.stop_queue(run),
+                Err(_) => self.stop_queue(run, Unusable::QueueMemory),
             }
         }
         run.kill_seen = order;

@@ -55,6 +55,52 @@ impl fmt::Display for Leak {
     }
 }
 
+/// Why the device cannot use a ring or buffer that the driver has given it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unusable {
+    /// Address or size of the command ring make no sense.
+    CommandArea,
+    /// CMD_TAIL is ahead by more than the ring holds.
+    CommandTail,
+    /// The command ring, or the word where CMD_DONE goes, is not memory.
+    CommandMemory,
+    /// Address or size of the fault buffer make no sense.
+    FaultArea,
+    /// The fault buffer, or the word where FAULT_PUT goes, is not memory.
+    FaultMemory,
+    /// The doorbell is ahead by more than the queue holds.
+    QueueTail,
+    /// The queue's ring, its completions or its fence are not memory.
+    QueueMemory,
+}
+
+impl Unusable {
+    /// All of them; their place is their number.
+    pub(super) const ALL: [Self; 7] = [
+        Self::CommandArea,
+        Self::CommandTail,
+        Self::CommandMemory,
+        Self::FaultArea,
+        Self::FaultMemory,
+        Self::QueueTail,
+        Self::QueueMemory,
+    ];
+}
+
+impl fmt::Display for Unusable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::CommandArea => "address or size of the command ring make no sense",
+            Self::CommandTail => "CMD_TAIL is ahead by more than the command ring holds",
+            Self::CommandMemory => "the command ring, or the word where CMD_DONE goes, is not memory",
+            Self::FaultArea => "address or size of the fault buffer make no sense",
+            Self::FaultMemory => "the fault buffer, or the word where FAULT_PUT goes, is not memory",
+            Self::QueueTail => "the doorbell is ahead by more than the queue holds",
+            Self::QueueMemory => "the queue's ring, completions or fence are not memory",
+        })
+    }
+}
+
 /// Something that happened on the device.
 ///
 /// The device calls [`super::Oracle::event`] with it when it has happened, and before the guest can learn of it.
@@ -195,6 +241,15 @@ pub enum DeviceEvent {
         queue: Handle,
         /// A `JOB_` constant.
         status: u32,
+    },
+    /// A ring or buffer cannot be used, and the device has stopped to use it (ERROR says so to the driver).
+    Unusable {
+        /// Whose queue it is, or no handle: the device's own.
+        ctx: Handle,
+        /// The queue, or no handle.
+        queue: Handle,
+        /// What is wrong.
+        why: Unusable,
     },
     /// CTRL_ENABLE was cleared.
     Disabled {

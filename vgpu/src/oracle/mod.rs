@@ -40,7 +40,7 @@ mod release_test;
 mod stable_test;
 
 pub use check::{Checked, check};
-pub use event::{ContextView, DeviceEvent, Inspect, Leak, RangeView, Written};
+pub use event::{ContextView, DeviceEvent, Inspect, Leak, RangeView, Unusable, Written};
 pub use mirror::Compare;
 pub use rule::Rule;
 #[cfg(any(test, feature = "testing"))]

@@ -286,6 +286,18 @@ impl State {
             E::BadHandle { op, handle, issued_before, by, va } => {
                 self.bad_handle(op, handle, issued_before, by, va, found);
             }
+            E::Unusable { ctx, queue, why } => {
+                let ctx = Some(ctx).filter(|&ctx| ctx != Handle::NONE);
+                let whose = ctx.map_or_else(|| "the device".to_owned(), |ctx| format!("{queue} of {ctx}"));
+                found.push(Finding {
+                    rule: Rule::RingUnusable,
+                    ctx,
+                    mm: ctx.and_then(|ctx| self.mm_of(ctx)),
+                    va: None,
+                    frame: None,
+                    summary: format!("{whose} has stopped: {why}"),
+                });
+            }
             E::LeafSet { ctx, va: Some(va), pte } => self.leaf_set(ctx, va, pte, watched, found),
             E::FaultRaised { fault, ctx, va, again, .. } => {
                 self.faulted_again(fault, (ctx, va), again, found);

@@ -131,6 +131,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     round.case("anon-thp/split-by-protect", |rng| huge::split_by_protect(device, rng));
     round.case("anon-4k/end-of-address-space", |rng| last(device, rng));
     round.case("burst", |rng| many::burst(device, rng.next()));
+    round.case("queue-full", |rng| many::full(device, rng.next()));
     round.case("every-queue-faults", |rng| many::queues(device, rng.next()));
     round.case("anon-4k/more-than-tables", |rng| many::regions(device, rng.next()));
     round.case("anon-4k/under-signals", |rng| threads::signalled(device, rng));

@@ -13,7 +13,7 @@ use vgpu_spec::regs::gpu as regs;
 use super::rig;
 use crate::function::{Backing, Function as _};
 use crate::gpu::{Gpu, GpuConfig};
-use crate::oracle::Inspect as _;
+use crate::oracle::{Inspect as _, Rule};
 use crate::testing::{RAM, Rig, anonymous_file};
 
 const VA: u64 = 0x1234_5678_9000;
@@ -83,6 +83,23 @@ fn rings_from_nowhere() {
     rig.write(regs::CMD_DONE_LO, 0x1001);
     rig.submit(&[Command { op: OP_NOP, ..Command::default() }]);
     rig.until("an error", || rig.read(regs::ERROR) == regs::ERROR_CMD_RING);
+    // The first of them is told, and the others are counted.
+    assert_eq!(rig.unusable(), [(None, "CMD_TAIL is ahead by more than the command ring holds".into())]);
+    assert_eq!(rig.oracle.violations()[0].count, 1 + 6 + 1 + 1);
+}
+
+impl Rig {
+    /// What `ring/unusable` was found of: contexts, and why.
+    fn unusable(&self) -> Vec<(Option<u64>, String)> {
+        let found = self.oracle.violations().into_iter();
+        let found = found.filter(|violation| violation.rule == Rule::RingUnusable);
+        found
+            .map(|violation| {
+                let why = violation.summary.split(" has stopped: ").nth(1).unwrap_or_default();
+                (violation.context, why.to_owned())
+            })
+            .collect()
+    }
 }
 
 #[test]
@@ -103,6 +120,10 @@ fn doorbells_that_name_no_queue() {
     // Five jobs in a ring of four: the queue is stopped.
     bell(0, generation << 16 | 5);
     rig.until("an error", || rig.read(regs::ERROR) == regs::ERROR_QUEUE);
+    assert_eq!(
+        rig.unusable(),
+        [(Some(space.ctx.0), "the doorbell is ahead by more than the queue holds".into())]
+    );
     rig.ok(OP_QUEUE_DESTROY, space.ctx, [queue.handle.0, 0, 0, 0, 0]);
     assert_eq!(bell(0, generation << 16 | 1), regs::ERROR_DOORBELL);
     assert_eq!(rig.gpu.counters().bad_handles, 4);

@@ -9,7 +9,7 @@ use vgpu_spec::handle::{Handle, Kind};
 use vgpu_spec::witness::{self, Record};
 
 use super::super::doubt::{Cause, Doubt, Outcome};
-use super::super::event::{ContextView, DeviceEvent, Leak, RangeView};
+use super::super::event::{ContextView, DeviceEvent, Leak, RangeView, Unusable};
 use super::super::input::Input;
 use super::super::mirror::{Mismatch, Verdict};
 use super::super::moments::Moment;
@@ -47,6 +47,7 @@ const DISABLED: u8 = 16;
 const RESET: u8 = 17;
 const DATA_RETURNED: u8 = 18;
 const DATA_GRANTED: u8 = 19;
+const UNUSABLE: u8 = 20;
 const WITNESS: u8 = 24;
 const ASSOCIATE: u8 = 25;
 const BAD_RECORD: u8 = 26;
@@ -277,6 +278,11 @@ fn device(out: &mut Writer<'_>, event: &DeviceEvent, flags: u8) {
             out.handle(Kind::Queue, queue);
             out.number(status.into());
         }
+        E::Unusable { ctx, queue, why } => {
+            about(UNUSABLE, ctx, &[]);
+            out.handle(Kind::Queue, queue);
+            out.byte(Unusable::ALL.iter().position(|one| *one == why).unwrap_or_default() as u8);
+        }
         E::Disabled { leak, contexts_live } => {
             out.byte(DISABLED | flags);
             out.number(contexts_live.into());
@@ -429,7 +435,7 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Input> {
     let tag = from.byte()?;
     let (told, attended) = (tag & TOLD != 0, tag & ATTENDED != 0);
     let input = match tag & 0x3f {
-        tag @ BOUND..=DATA_GRANTED => Input::Device { event: from.event(tag)?, told, attended },
+        tag @ BOUND..=UNUSABLE => Input::Device { event: from.event(tag)?, told, attended },
         WITNESS => Input::Witness(from.record()?),
         ASSOCIATE => Input::Associate { record: from.record()?, live: told },
         BAD_RECORD => Input::BadRecord,
@@ -706,6 +712,11 @@ impl Reader<'_> {
                 }
             }
             JOB_DONE => E::JobDone { ctx, queue: self.handle(Kind::Queue)?, status: self.small()? },
+            UNUSABLE => E::Unusable {
+                ctx,
+                queue: self.handle(Kind::Queue)?,
+                why: *Unusable::ALL.get(usize::from(self.byte()?))?,
+            },
             DISABLED => E::Disabled { contexts_live: self.small()?, leak: self.leak()? },
             RESET => E::Reset,
             _ => return None,

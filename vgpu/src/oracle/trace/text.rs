@@ -86,7 +86,8 @@ fn device_concerns(event: &DeviceEvent, ctx: Option<Handle>, va: Option<u64>) ->
         E::JobDone { ctx, .. } | E::DataReturned { ctx, .. } | E::DataGranted { ctx, .. } => {
             (ctx, va.is_none())
         }
-        E::Disabled { .. } | E::Reset => return true,
+        E::Unusable { ctx, .. } if ctx != Handle::NONE => (ctx, true),
+        E::Unusable { .. } | E::Disabled { .. } | E::Reset => return true,
     };
     ctx.is_none_or(|ctx| ctx == of) && place
 }
@@ -298,6 +299,8 @@ fn device(out: &mut String, event: &DeviceEvent) -> fmt::Result {
                 .map_or("?", |(name, ..)| *name);
             write!(out, "{ctx} job of {queue} done, {name}")
         }
+        E::Unusable { ctx, queue, why } if ctx != Handle::NONE => write!(out, "{ctx} {queue} stopped: {why}"),
+        E::Unusable { why, .. } => write!(out, "stopped: {why}"),
         E::Disabled { leak, contexts_live } => {
             write!(out, "disabled with {contexts_live} contexts live, left behind: {leak}")
         }

@@ -170,6 +170,24 @@ fn every_input_is_read_back() {
             told: false,
             attended: false,
         },
+        Input::Device {
+            event: DeviceEvent::Unusable {
+                ctx: a,
+                queue: Handle::new(Kind::Queue, 1, 2),
+                why: Unusable::QueueMemory,
+            },
+            told: true,
+            attended: false,
+        },
+        Input::Device {
+            event: DeviceEvent::Unusable {
+                ctx: Handle::NONE,
+                queue: Handle::NONE,
+                why: Unusable::CommandArea,
+            },
+            told: true,
+            attended: false,
+        },
         Input::Device { event: faulted(a, 0), told: true, attended: false },
         Input::Device { event: faulted(a, u32::MAX), told: true, attended: false },
     ] {

@@ -21,6 +21,13 @@ const BURSTS: u64 = 4;
 /// Accesses of the job that they wait behind.
 const PLUG: u64 = 1 << 15;
 
+/// Accesses of a job that lasts for as long as the queue behind it is filled.
+const LONG_PLUG: u64 = 1 << 20;
+/// Jobs submitted to a queue that seems to have no end.
+const FILLED_MOST: usize = 1024;
+/// Jobs that have to wait for a place.
+const BEHIND: usize = 8;
+
 /// Pages 2 MiB apart, so that each takes a table of leaves: more than the device has pages for tables (2,048 if not said otherwise).
 const REGIONS: usize = 2150;
 /// Every so many of them are read again, which were dropped for others.
@@ -69,6 +76,40 @@ pub(super) fn burst(device: &dyn Device, first: u64) -> Checked {
             if found != expected {
                 return Err(Failure::cpu(context.handle(), map.at(at), expected, found));
             }
+        }
+    }
+    Ok(())
+}
+
+/// Jobs behind a long one until the driver says that the queue is full, and some more: each is done once, and none in another's place.
+pub(super) fn full(device: &dyn Device, first: u64) -> Checked {
+    let context = Context::bind(device)?;
+    let words = FILLED_MOST + BEHIND;
+    let map = Mapping::small((8 * words).next_multiple_of(PAGE) + PAGE).doing("mmap")?;
+    let plug = map.bytes() - PAGE;
+    map.touch(0, map.bytes());
+    // What is added twice is seen, and what is written twice is not.
+    let job = |index: usize| Job::atomic_add(map.at(8 * index), 1, 8, first | 1);
+    context.run(Job::strided_write(map.at(0), words as u64, 8, 0))?.ok()?;
+    let mut last = context.submit(Job::random_read(map.at(plug), PAGE, LONG_PLUG, first))?;
+    let mut taken = 0;
+    while taken < FILLED_MOST {
+        match context.try_submit(job(taken))? {
+            Some(ticket) => last = ticket,
+            None => break,
+        }
+        taken += 1;
+    }
+    for _ in 0..BEHIND {
+        last = context.submit(job(taken))?;
+        taken += 1;
+    }
+    context.wait(last)?.ok()?;
+    for index in 0..words {
+        let expected = (index as u64).wrapping_add(if index < taken { first | 1 } else { 0 });
+        let found = map.load(8 * index);
+        if found != expected {
+            return Err(Failure::cpu(context.handle(), map.at(8 * index), expected, found));
         }
     }
     Ok(())
