@@ -164,10 +164,17 @@ impl Device {
             return;
         }
         self.jitter.before_a_late_interrupt();
-        // A reset forgets it, and holds this lock meanwhile.
+        if self.owed.swap(false, SeqCst) {
+            self.raise_late(VECTOR_COMPLETION);
+        }
+    }
+
+    /// Raises an interrupt some time after its cause, with no lock held: a reset in between forgets it.
+    pub(crate) fn raise_late(&self, vector: u32) {
+        // Who resets holds this meanwhile.
         let _core = self.core.lock();
-        if self.powered() && self.owed.swap(false, SeqCst) {
-            self.interrupts.raise(VECTOR_COMPLETION, &self.registers);
+        if self.powered() {
+            self.interrupts.raise(vector, &self.registers);
         }
     }
 

@@ -96,6 +96,8 @@ pub(crate) struct Device {
     pub(crate) draining: AtomicBool,
     /// An interrupt for jobs that were killed has not been raised yet.
     pub(crate) owed: AtomicBool,
+    /// Some engine holds the interrupt for a fault back.
+    pub(crate) holding_back: AtomicBool,
     pub(crate) stop: AtomicBool,
 }
 
@@ -148,6 +150,7 @@ impl Device {
             atomics: Mutex::new(()),
             draining: AtomicBool::new(false),
             owed: AtomicBool::new(false),
+            holding_back: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         }
     }
@@ -297,6 +300,7 @@ impl Device {
             atomics: _,
             draining,
             owed,
+            holding_back: _,
             stop: _,
         } = self;
         *core = Core::default();

@@ -2,15 +2,16 @@
 //! An engine: a thread that runs queues, and how it translates.
 
 use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
 
 use vgpu_spec::fault::{ACCESS_ATOMIC, ACCESS_WRITE, FaultEntry, REASON_MALFORMED, REASON_RIGHTS};
 use vgpu_spec::handle::Handle;
 use vgpu_spec::job::{JOB_BAD, JOB_FAULT, JOB_OK, Job};
 use vgpu_spec::pte::{self, PAGE_SHIFT, leaf_shift};
-use vgpu_spec::regs::gpu::VECTOR_COMPLETION;
+use vgpu_spec::regs::gpu::{VECTOR_COMPLETION, VECTOR_FAULT};
 
 use super::checked::Checked;
-use super::context::Context;
+use super::context::{Context, State};
 use super::counters::count;
 use super::device::{Device, EngineSide};
 use super::fault::Parked;
@@ -18,6 +19,13 @@ use super::inflight::Range;
 use super::queue::{End, Queue, Run};
 use super::work::Work;
 use crate::oracle::{DeviceEvent, Unusable};
+
+/// How long the interrupt for a fault is held back while its context lives.
+const HELD_BACK_ALIVE: Duration = Duration::from_micros(2_500);
+/// How long at most while the context's place has no successor.
+const HELD_BACK_GONE: Duration = Duration::from_millis(20);
+/// How often it is looked.
+const HELD_BACK_STEP: Duration = Duration::from_micros(50);
 
 /// Steps of one turn, before another queue gets the engine.
 const TURN: u32 = 16;
@@ -55,6 +63,8 @@ pub(crate) struct Engine<'d> {
     pub(crate) others: Box<[u64; SCRATCH]>,
     /// A completion's interrupt waits for the next one's, or for the end of the turn.
     owed: bool,
+    /// A fault of this context has been recorded, and its interrupt is held back.
+    held_back: Option<Handle>,
 }
 
 /// A published step; over when dropped.
@@ -84,6 +94,7 @@ impl<'d> Engine<'d> {
             words: Box::new([0; SCRATCH]),
             others: Box::new([0; SCRATCH]),
             owed: false,
+            held_back: None,
         }
     }
 
@@ -96,6 +107,9 @@ impl<'d> Engine<'d> {
                 self.interrupt();
             }
             self.device.sched.done(index, again);
+            if let Some(ctx) = self.held_back.take() {
+                self.late_fault(ctx);
+            }
         }
     }
 
@@ -189,7 +203,37 @@ impl<'d> Engine<'d> {
         self.device.interrupts.raise(VECTOR_COMPLETION, &self.device.registers);
     }
 
-    fn park(&self, index: u32, run: &mut Run, fault: Fault) {
+    /// Raises the interrupt for a fault of `ctx` late. A message takes its time, and the fault that it tells of may be of a context that is
+    /// gone by then, and whose place another has: so if the context is on its way out, it comes when that one is there.
+    ///
+    /// No lock is held, and the engine does nothing else meanwhile: the others do.
+    #[cold]
+    fn late_fault(&self, ctx: Handle) {
+        let device = self.device;
+        let Some(context) = device.contexts.get(ctx.index() as usize) else { return };
+        let start = Instant::now();
+        let wait = |until: Duration, over: &dyn Fn() -> bool| {
+            while start.elapsed() < until && !over() && !device.sched.halted() {
+                std::thread::sleep(HELD_BACK_STEP);
+            }
+        };
+        wait(HELD_BACK_ALIVE, &|| !context.is_bound(ctx));
+        if !context.is_bound(ctx) {
+            let successor = || {
+                let (now, state) = context.now();
+                now != ctx && state == State::Bound
+            };
+            wait(HELD_BACK_GONE, &successor);
+            if successor() {
+                // The driver has to learn of it first.
+                std::thread::sleep(HELD_BACK_ALIVE);
+            }
+        }
+        device.holding_back.store(false, SeqCst);
+        device.raise_late(VECTOR_FAULT);
+    }
+
+    fn park(&mut self, index: u32, run: &mut Run, fault: Fault) {
         let device = self.device;
         let (Some(setup), Some(work)) = (run.setup, &mut run.work) else { return };
         let Fault { va, access, reason, bytes } = fault;
@@ -212,7 +256,13 @@ impl<'d> Engine<'d> {
         count(&device.counters.faults, 1);
         let handle = device.faults.raise(index, entry);
         device.oracle.event(DeviceEvent::FaultRaised { fault: handle, ctx: setup.ctx, va, access, again });
-        device.faults.park(index, device);
+        // One at a time: somebody has to end the jobs of a context that goes.
+        let hold_back = || {
+            device.engines.len() > 1 && device.jitter.holds_back() && !device.holding_back.swap(true, SeqCst)
+        };
+        if device.faults.park(index, device, hold_back) {
+            self.held_back = Some(setup.ctx);
+        }
     }
 
     /// Publishes a step that touches `ranges`; `None` if the context does not translate any more.

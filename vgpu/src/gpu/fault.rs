@@ -104,15 +104,27 @@ impl Faults {
         handle
     }
 
-    /// From now on the driver may answer.
-    pub(crate) fn park(&self, index: u32, device: &Device) {
+    /// From now on the driver may answer. If there is no other fault, and `hold_back` says so, the interrupt is held back: true,
+    /// and it is for the caller to raise.
+    pub(crate) fn park(&self, index: u32, device: &Device, hold_back: impl FnOnce() -> bool) -> bool {
         let mut inner = self.inner.lock();
+        let alone = |slot: &Slot| matches!(slot.state, State::Free | State::Answered(_));
+        let others = inner.slots.iter().enumerate().filter(|&(at, _)| at != index as usize);
+        let alone = others.map(|(_, slot)| slot).all(alone);
         let slot = &mut inner.slots[index as usize];
-        if slot.state == State::Raising {
-            slot.state = State::Parked { recorded: false };
-            inner.unrecorded += 1;
-            inner.record(index, device);
+        if slot.state != State::Raising {
+            return false;
         }
+        slot.state = State::Parked { recorded: false };
+        inner.unrecorded += 1;
+        if !inner.record(index, device) {
+            return false;
+        }
+        let held_back = alone && hold_back();
+        if !held_back {
+            device.interrupts.raise(VECTOR_FAULT, &device.registers);
+        }
+        held_back
     }
 
     /// Records what could not be recorded before.
@@ -122,10 +134,11 @@ impl Faults {
             return;
         }
         for index in 0..inner.slots.len() as u32 {
-            if inner.slots[index as usize].state == (State::Parked { recorded: false })
-                && !inner.record(index, device)
-            {
-                break;
+            if inner.slots[index as usize].state == (State::Parked { recorded: false }) {
+                if !inner.record(index, device) {
+                    break;
+                }
+                device.interrupts.raise(VECTOR_FAULT, &device.registers);
             }
         }
     }
@@ -238,7 +251,7 @@ impl Inner {
         true
     }
 
-    /// Writes a parked fault to the buffer; whether the next one may be tried.
+    /// Writes a parked fault to the buffer. If it did, the interrupt is due, and the next one may be tried.
     fn record(&mut self, index: u32, device: &Device) -> bool {
         let Device { registers, memory, interrupts, .. } = device;
         let Some((base, log2)) = self.buffer else { return false };
@@ -272,7 +285,6 @@ impl Inner {
         slot.state = State::Parked { recorded: true };
         self.unrecorded -= 1;
         registers.set(FAULT_PUT, put);
-        interrupts.raise(VECTOR_FAULT, registers);
         true
     }
 }

@@ -18,6 +18,8 @@ const BETWEEN: (u64, u64) = (64, 1_000);
 const STEPS: (u64, u64) = (16, 1_500);
 /// Once in so many interrupts for jobs that were killed, and for how long at most.
 const LATE: (u64, u64) = (3, 1_500);
+/// Once in so many faults that are alone, the interrupt is held back.
+const FAULTS: u64 = 4;
 /// Chances are drawn in spells of so many, of which one in so many is slow: every second chance is taken. Threads of a driver that
 /// wait for each other meet only where several waits come together.
 const SPELL: (u64, u64) = (64, 16);
@@ -25,17 +27,20 @@ const SPELL: (u64, u64) = (64, 16);
 const SPELLS: u64 = 0x5ca1_ab1e;
 /// Keeps what is drawn for completions apart from both.
 const COALESCED: u64 = 0x0dd_ba11;
+/// And what is drawn for faults.
+const HELD_BACK: u64 = 0xfa_117e5;
 
 /// Where the moments come from. Without a seed there are none.
 pub(crate) struct Jitter {
     seed: Option<u64>,
     drawn: AtomicU64,
     completions: AtomicU64,
+    faults: AtomicU64,
 }
 
 impl Jitter {
     pub(crate) fn new(seed: Option<u64>) -> Self {
-        Self { seed, drawn: AtomicU64::new(0), completions: AtomicU64::new(0) }
+        Self { seed, drawn: AtomicU64::new(0), completions: AtomicU64::new(0), faults: AtomicU64::new(0) }
     }
 
     /// To be called with no lock held, before commands are taken.
@@ -52,6 +57,12 @@ impl Jitter {
     pub(crate) fn coalesces(&self) -> bool {
         let Some(seed) = self.seed else { return false };
         random_index(seed ^ COALESCED, self.completions.fetch_add(1, Relaxed), 2) == 0
+    }
+
+    /// Whether the interrupt for a fault comes late: see [`super::engine`].
+    pub(crate) fn holds_back(&self) -> bool {
+        let Some(seed) = self.seed else { return false };
+        random_index(seed ^ HELD_BACK, self.faults.fetch_add(1, Relaxed), FAULTS) == 0
     }
 
     /// To be called with no lock held, when the command that an interrupt comes from has been reported.

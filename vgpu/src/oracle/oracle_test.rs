@@ -155,6 +155,26 @@ impl Bench {
 // ----- unregister -----
 
 #[test]
+fn a_fault_of_another_is_not_answered() {
+    let (a, b) = (ctx(1, 1), ctx(1, 2));
+    for (of, by, generation, wrong) in [(a, a, 1, false), (a, b, 1, true), (a, b, 2, false)] {
+        let g = bench();
+        g.oracle.event(E::FaultRaised { fault: fault(5), ctx: of, va: VA, access: 1, again: 0 });
+        g.oracle.event(E::FaultDropped { fault: fault(5), ctx: of, va: VA });
+        let handle = Handle::new(Kind::Fault, 5, generation);
+        g.oracle.event(E::BadHandle {
+            op: "FAULT_REPLAY",
+            handle,
+            issued_before: true,
+            by: Some(by),
+            va: None,
+        });
+        assert_eq!(g.rules(), if wrong { &["context/unknown-handle"][..] } else { &[] });
+        assert_eq!(g.oracle.counters().stale_answers, u64::from(!wrong));
+    }
+}
+
+#[test]
 fn a_stale_context_is_touched_and_a_made_up_one_unknown() {
     let b = bench();
     let bad = |op, handle, issued_before| {

@@ -21,6 +21,8 @@ use super::trace::leaf_last;
 pub(super) const MAX_KEPT: usize = 1 << 16;
 /// Replays of one page's faults, raised after release, that a driver may have had under way. See docs/rules.
 const REPLAYS_AFTER_RELEASE: u32 = 16;
+/// Faults of which it is remembered whose they were.
+const OWNERS_MAX: usize = 1 << 12;
 /// Pages of a context for which those replays are counted.
 const MAX_REPLAY_PAGES: usize = 1024;
 
@@ -148,6 +150,8 @@ pub(super) struct State {
     /// Address spaces not released.
     pub(super) alive: BTreeSet<u64>,
     pub(super) faults: BTreeMap<u64, Fault>,
+    /// Whose the newest faults were: for late answers in another's name.
+    pub(super) owners: VecDeque<(Handle, Handle)>,
     /// Faults whose answer was heard of before they were.
     pub(super) answered: BTreeSet<u64>,
     /// Accesses that have faulted, until they get on.
@@ -188,6 +192,7 @@ impl State {
             mms: BTreeMap::new(),
             alive: BTreeSet::new(),
             faults: BTreeMap::new(),
+            owners: VecDeque::new(),
             answered: BTreeSet::new(),
             livelocks: Default::default(),
             stable: Default::default(),
@@ -419,10 +424,19 @@ impl State {
                 let text = format!("{op} named {handle}, which had been unregistered before");
                 (Rule::UnregisterTouch, Some(handle), text)
             }
-            // Another path (kill, release, "all of the context") may have answered it in between.
             (Some(Kind::Fault), true) => {
-                self.stale_answers += 1;
-                return;
+                let owner = self.owners.iter().rev().find(|(fault, _)| *fault == handle);
+                match owner.filter(|(_, owner)| by.is_some_and(|by| by != *owner)) {
+                    Some((_, owner)) => {
+                        let text = format!("{op} of {who} named {handle}, which was {owner}'s");
+                        (Rule::UnknownHandle, by, text)
+                    }
+                    // Another path (kill, release, "all of the context") may have answered it in between.
+                    None => {
+                        self.stale_answers += 1;
+                        return;
+                    }
+                }
             }
             (Some(Kind::Context), false) => {
                 (Rule::UnknownHandle, Some(handle), format!("{op} named {handle}, which was never given out"))
@@ -483,6 +497,10 @@ impl State {
     }
 
     fn fault_raised(&mut self, fault: Handle, ctx: Handle, va: u64) {
+        if self.owners.len() >= OWNERS_MAX {
+            self.owners.pop_front();
+        }
+        self.owners.push_back((fault, ctx));
         if self.answered.remove(&fault.0) {
             return;
         }

@@ -24,6 +24,8 @@ use crate::rng::Rng;
 pub(super) const ROUNDS: u64 = 5;
 /// Contexts that go while somebody waits, one after the other: the interrupt for the job that goes with each may come before or after.
 const WAITERS: usize = 3;
+/// Contexts that go as soon as they have faulted, one after the other.
+const PREDECESSORS: usize = 40;
 /// Contexts that go while somebody migrates, one after the other.
 const MIGRATING: usize = 3;
 /// Contexts that no device of ours has.
@@ -34,7 +36,7 @@ const REBINDS: usize = 24;
 /// One round.
 pub(super) fn round(round: &mut Round<'_, '_>) {
     type Body = fn(&dyn Device, &mut Rng) -> Checked;
-    let bodies: [(&str, Body); 23] = [
+    let bodies: [(&str, Body); 24] = [
         ("close/idle", |device, rng| close(device, rng, false)),
         ("close/running", |device, rng| close(device, rng, true)),
         ("close/thread", close_from_thread),
@@ -49,6 +51,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
         ("unbind/waiting", unbind_under_waiter),
         ("close/faulting", |device, rng| end_faulting(device, rng, closing)),
         ("unbind/faulting", |device, rng| end_faulting(device, rng, |file| file.unbind())),
+        ("unbind/predecessors", unbind_before_another),
         ("close/written", |device, rng| end_written(device, rng, closing)),
         ("unbind/written", |device, rng| end_written(device, rng, |file| file.unbind())),
         ("unbind/migrating", unbind_while_migrating),
@@ -294,6 +297,21 @@ fn end_faulting(
     next.run(Job::strided_write(map.at(0), BLOCKS as u64, HUGE, 7))?.ok()?;
     for block in 0..BLOCKS {
         next.cpu_check(&map, block * HUGE, 8, Pattern { first: 7 + block as u64, step: 0 })?;
+    }
+    Ok(())
+}
+
+/// Contexts that go as soon as they have faulted, each in the place of the one before: the interrupt for the fault may come when the
+/// next one is there, and what is answered then is not that one's.
+fn unbind_before_another(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let map = Mapping::small((1 + PREDECESSORS) * PAGE).doing("mmap")?;
+    map.touch(0, PAGE);
+    let mut context = Context::bind(device)?;
+    for page in 1..=PREDECESSORS {
+        context.submit(Job::strided_write(map.at(page * PAGE), 1, 8, rng.next()))?;
+        context.file().unbind().doing("unbind")?;
+        context = Context::bind(device)?;
+        context.check(&map, 0, 8, Pattern::ZERO)?;
     }
     Ok(())
 }
