@@ -40,7 +40,7 @@
 #define VGPU_REG_CMD_BASE_HI 0x44
 /* Command ring: log2 of the number of 64-byte commands, 4 to 16. Writing it starts the ring at index 0. */
 #define VGPU_REG_CMD_SIZE 0x48
-/* Command ring doorbell: the index (not wrapped, modulo 2^32) behind the last command written. */
+/* Command ring doorbell: the index (not wrapped, modulo 2^32) behind the last command written. A command has its place until it has completed. */
 #define VGPU_REG_CMD_TAIL 0x4c
 /* The index behind the last command taken from the ring. */
 #define VGPU_REG_CMD_HEAD 0x50
@@ -114,11 +114,10 @@
 #define WITNESS_REQUEST_BLOCKED_TASKS 0x1
 #define WITNESS_REQUEST_ALL_CPUS 0x2
 #define WITNESS_REQUEST_PANIC 0x4
-#define WITNESS_QUESTION_WORDS 0x20
-#define WITNESS_QUESTIONS_MOST 0xa
-#define WITNESS_QUESTIONS_MORE 0x100000000
-#define WITNESS_QUESTIONS_STAYS 0x200000000
-#define WITNESS_QUESTIONS_ANSWERED 0x400000000
+#define WITNESS_QUESTION_WORDS 0x80
+#define WITNESS_QUESTIONS_MOST 0x2a
+#define WITNESS_QUESTIONS_STAYS 0x4000000000000000
+#define WITNESS_QUESTIONS_ANSWERED 0x8000000000000000
 #define WITNESS_MAX_MESSAGE 0x10000
 #define WITNESS_GATE_SLOTS 0x40
 #define WITNESS_GATE_SITES 0x40
@@ -279,12 +278,10 @@
 #define WITNESS_REC_RANGE_START 0x14
 /* The end of an invalidation has been entered, of event PROTECTION_VMA only: arguments as in RANGE_START. */
 #define WITNESS_REC_RANGE_END 0x15
-/* Where it stands whether an invalidation has come to its end: arg0 bus address of an array of u64, arg1 how many, arg2 bus address of as many questions of QUESTION_WORDS u64 each. An invalidation's slot holds its number until its end is entered. While a RANGE_START is judged the host may write questions to its slot's place: how many (with QUESTIONS_MORE and QUESTIONS_STAYS), then for each an address, the page's physical address, a context's handle. The answer is written over how many there are. */
+/* Where it stands whether an invalidation has come to its end: arg0 bus address of an array of u64, arg1 how many, arg2 bus address of as many questions of QUESTION_WORDS u64 each. An invalidation's slot holds its number until its end is entered. While a RANGE_START is judged the host may write questions to its slot's place: how many (with QUESTIONS_STAYS), then for each an address, the page's physical address, a context's handle. The answer (QUESTIONS_ANSWERED) is written over how many there are, and stays there until the next start in the slot is judged. */
 #define WITNESS_REC_RANGE_SLOTS 0x16
 /* Answer to a question: arg0 address, arg1 physical address, arg2 context's handle, as in the question, arg3 the invalidation's number. The page is not dirty, and dropping it loses what is in it. */
 #define WITNESS_REC_PAGE_CLEAN 0x17
-/* The questions about an invalidation are answered, and QUESTIONS_MORE said that there are others: arg2 slot << 32, arg3 the invalidation's number. */
-#define WITNESS_REC_QUESTIONS 0x18
 /* The running task declares a range of its address space stable: arg0 first address, arg1 last (inclusive). Until its end it stays mapped and can be read and written. */
 #define WITNESS_REC_STABLE_BEGIN 0x1e
 /* The declaration of arg0 to arg1 ends: arg2 1 = it was kept, 0 = it is taken back. */

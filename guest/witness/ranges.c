@@ -175,13 +175,16 @@ void ranges_close(struct pci_dev *pdev)
 	entries = NULL;
 }
 
-/* Whether nobody has said that there is something in it. Of others than these nobody asks. */
+/*
+ * Whether nobody has said that there is something in it. Of others than these nobody
+ * asks. One that is being written back was dirty a moment ago.
+ */
 static bool page_is_clean(struct page *page)
 {
 	struct folio *folio = page_folio(page);
 
-	return !folio_test_dirty(folio) && !folio_test_hugetlb(folio) &&
-	       !is_zone_device_page(page) &&
+	return !folio_test_dirty(folio) && !folio_test_writeback(folio) &&
+	       !folio_test_hugetlb(folio) && !is_zone_device_page(page) &&
 	       (folio_test_anon(folio) || folio_mapping(folio));
 }
 
@@ -203,8 +206,8 @@ static bool clean_page_would_be_lost(struct page *page)
 	return !folio_test_anon(folio) || folio_test_locked(folio);
 }
 
-/* Answers some questions. Returns whether there are more. */
-static bool answer_some(u64 id, u32 slot, u64 number)
+/* The pages are still mapped: the caller is about to change that. */
+static void answer(u64 id, u32 slot, u64 number)
 {
 	const __le64 *word = questions[slot];
 	u64 what = le64_to_cpu(READ_ONCE(*word++));
@@ -212,8 +215,9 @@ static bool answer_some(u64 id, u32 slot, u64 number)
 	u64 answer = WITNESS_QUESTIONS_ANSWERED;
 	unsigned int i;
 
-	if (!count)
-		return false;
+	/* The host fetches an answer when it judges the next start in this slot. */
+	if (!count || what & WITNESS_QUESTIONS_ANSWERED)
+		return;
 	for (i = 0; i < count; i++, word += 3) {
 		u64 frame = le64_to_cpu(word[1]);
 		struct page *page;
@@ -231,18 +235,6 @@ static bool answer_some(u64 id, u32 slot, u64 number)
 				       le64_to_cpu(word[2]), number);
 	}
 	WRITE_ONCE(questions[slot][0], cpu_to_le64(answer));
-	return what & WITNESS_QUESTIONS_MORE;
-}
-
-/*
- * The pages are still mapped: the caller is about to change that. It ends: the host
- * has a list that becomes shorter.
- */
-static void answer(u64 id, u32 slot, u64 number)
-{
-	while (answer_some(id, slot, number))
-		witness_report(WITNESS_REC_QUESTIONS, id, 0, 0, (u64)slot << 32,
-			       number);
 }
 
 /**
@@ -271,7 +263,6 @@ void range_started(u64 id, const struct mmu_notifier_range *range)
 	number = ++last_number;
 	hash_add(under_way, &live->node, (unsigned long)range);
 	WRITE_ONCE(slots[slot], cpu_to_le64(number));
-	WRITE_ONCE(questions[slot][0], 0);
 	raw_spin_unlock_irqrestore(&ranges_lock, flags);
 
 	/* Not under the lock: the others' reports need not wait for this one. */

@@ -54,7 +54,6 @@ pub fn c_header() -> String {
         ("REQUEST_PANIC", u64::from(witness::REQUEST_PANIC)),
         ("QUESTION_WORDS", records::QUESTION_WORDS),
         ("QUESTIONS_MOST", records::QUESTIONS_MOST as u64),
-        ("QUESTIONS_MORE", records::QUESTIONS_MORE),
         ("QUESTIONS_STAYS", records::QUESTIONS_STAYS),
         ("QUESTIONS_ANSWERED", records::QUESTIONS_ANSWERED),
         ("MAX_MESSAGE", records::MAX_MESSAGE),

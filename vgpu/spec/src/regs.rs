@@ -127,7 +127,7 @@ pub mod gpu {
         CMD_BASE_HI @ 0x044: ReadWrite(ALL);
         /// Command ring: log2 of the number of 64-byte commands, 4 to 16. Writing it starts the ring at index 0.
         CMD_SIZE @ 0x048: ReadWrite(0x1f);
-        /// Command ring doorbell: the index (not wrapped, modulo 2^32) behind the last command written.
+        /// Command ring doorbell: the index (not wrapped, modulo 2^32) behind the last command written. A command has its place until it has completed.
         CMD_TAIL @ 0x04c: ReadWrite(ALL);
         /// The index behind the last command taken from the ring.
         CMD_HEAD @ 0x050: ReadOnly;

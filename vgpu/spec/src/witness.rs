@@ -32,15 +32,13 @@ pub const RECORD_BYTES: usize = size_of::<Record>();
 pub const MAX_MESSAGE: u64 = 64 * 1024;
 
 /// Words of the questions about one invalidation: their number, then three each.
-pub const QUESTION_WORDS: u64 = 32;
-/// Questions about one invalidation at a time.
-pub const QUESTIONS_MOST: usize = 10;
-/// With the number of questions: there are more, and [`QUESTIONS`] asks for them.
-pub const QUESTIONS_MORE: u64 = 1 << 32;
+pub const QUESTION_WORDS: u64 = 128;
+/// Questions about one invalidation at most.
+pub const QUESTIONS_MOST: usize = 42;
 /// With the number of questions: the pages stay where they are, so a clean one is no loss yet, and is answered in place only.
-pub const QUESTIONS_STAYS: u64 = 1 << 33;
+pub const QUESTIONS_STAYS: u64 = 1 << 62;
 /// In place of the number of questions: they are answered, and bit `n` says that the page of question `n` is clean.
-pub const QUESTIONS_ANSWERED: u64 = 1 << 34;
+pub const QUESTIONS_ANSWERED: u64 = 1 << 63;
 
 crate::constants! {
     /// The module is loaded: arg0 its interface version, arg1 LINUX_VERSION_CODE, arg2 number of CPUs, arg3 1 = fprobe, 2 = kretprobe.
@@ -77,12 +75,10 @@ crate::constants! {
     RANGE_START: u32 = 20;
     /// The end of an invalidation has been entered, of event PROTECTION_VMA only: arguments as in RANGE_START.
     RANGE_END: u32 = 21;
-    /// Where it stands whether an invalidation has come to its end: arg0 bus address of an array of u64, arg1 how many, arg2 bus address of as many questions of QUESTION_WORDS u64 each. An invalidation's slot holds its number until its end is entered. While a RANGE_START is judged the host may write questions to its slot's place: how many (with QUESTIONS_MORE and QUESTIONS_STAYS), then for each an address, the page's physical address, a context's handle. The answer is written over how many there are.
+    /// Where it stands whether an invalidation has come to its end: arg0 bus address of an array of u64, arg1 how many, arg2 bus address of as many questions of QUESTION_WORDS u64 each. An invalidation's slot holds its number until its end is entered. While a RANGE_START is judged the host may write questions to its slot's place: how many (with QUESTIONS_STAYS), then for each an address, the page's physical address, a context's handle. The answer (QUESTIONS_ANSWERED) is written over how many there are, and stays there until the next start in the slot is judged.
     RANGE_SLOTS: u32 = 22;
     /// Answer to a question: arg0 address, arg1 physical address, arg2 context's handle, as in the question, arg3 the invalidation's number. The page is not dirty, and dropping it loses what is in it.
     PAGE_CLEAN: u32 = 23;
-    /// The questions about an invalidation are answered, and QUESTIONS_MORE said that there are others: arg2 slot << 32, arg3 the invalidation's number.
-    QUESTIONS: u32 = 24;
     /// The running task declares a range of its address space stable: arg0 first address, arg1 last (inclusive). Until its end it stays mapped and can be read and written.
     STABLE_BEGIN: u32 = 30;
     /// The declaration of arg0 to arg1 ends: arg2 1 = it was kept, 0 = it is taken back.

@@ -10,7 +10,7 @@ use std::sync::atomic::{Ordering::SeqCst, fence};
 use parking_lot::MutexGuard;
 use vgpu_spec::command::{COMMAND_BYTES, Command, OP_INVALIDATE, STATUS_OK};
 use vgpu_spec::handle::Handle;
-use vgpu_spec::regs::gpu::{CMD_DONE_LO, CMD_HEAD, CMD_TAIL, VECTOR_COMPLETION, VECTOR_EVENT};
+use vgpu_spec::regs::gpu::{CMD_DONE_LO, CMD_HEAD, CMD_TAIL, VECTOR_COMPLETION, VECTOR_EVENT, VECTOR_FAULT};
 
 use super::context::State;
 use super::counters::count;
@@ -164,17 +164,18 @@ impl Device {
             return;
         }
         self.jitter.before_a_late_interrupt();
-        if self.owed.swap(false, SeqCst) {
-            self.raise_late(VECTOR_COMPLETION);
+        // A reset forgets it, and holds this lock meanwhile.
+        let _core = self.core.lock();
+        if self.powered() && self.owed.swap(false, SeqCst) {
+            self.interrupts.raise(VECTOR_COMPLETION, &self.registers);
         }
     }
 
-    /// Raises an interrupt some time after its cause, with no lock held: a reset in between forgets it.
-    pub(crate) fn raise_late(&self, vector: u32) {
-        // Who resets holds this meanwhile.
+    /// Raises the interrupt for a fault that was held back, if no reset has come in between. Called with no lock held.
+    pub(crate) fn raise_held_back(&self) {
         let _core = self.core.lock();
-        if self.powered() {
-            self.interrupts.raise(vector, &self.registers);
+        if self.holding_back.swap(false, SeqCst) {
+            self.interrupts.raise(VECTOR_FAULT, &self.registers);
         }
     }
 
@@ -202,7 +203,8 @@ impl Device {
             (core.ring, self.registers.get(CMD_TAIL))
         };
         let Some(ring) = ring else { return false };
-        if tail.wrapping_sub(core.head) > ring.size() {
+        // A command has its place until it has completed.
+        if tail.wrapping_sub(core.done) > ring.size() {
             self.stop_ring(core, Unusable::CommandTail);
             return false;
         }
@@ -274,7 +276,7 @@ impl Device {
             Finish::Interrupt => core.interrupt = true,
             Finish::Released(ctx) => {
                 // Before the guest can know that it may let go of the pages.
-                self.oracle.ends_having_written(ctx, &self.take_written(ctx, ALL));
+                self.oracle.ends_having_written(ctx, &|| self.take_written(ctx, ALL));
                 self.oracle.event(DeviceEvent::ContextReleased { ctx });
             }
             Finish::Unbound { ctx, leak } => {

@@ -96,7 +96,7 @@ pub(crate) struct Device {
     pub(crate) draining: AtomicBool,
     /// An interrupt for jobs that were killed has not been raised yet.
     pub(crate) owed: AtomicBool,
-    /// Some engine holds the interrupt for a fault back.
+    /// Some engine holds the interrupt for a fault back, and owes it.
     pub(crate) holding_back: AtomicBool,
     pub(crate) stop: AtomicBool,
 }
@@ -300,13 +300,14 @@ impl Device {
             atomics: _,
             draining,
             owed,
-            holding_back: _,
+            holding_back,
             stop: _,
         } = self;
         *core = Core::default();
         *ring_request.lock() = None;
         draining.store(false, SeqCst);
         owed.store(false, SeqCst);
+        holding_back.store(false, SeqCst);
         registers.reset();
         faults.reset();
         for queue in queues {

@@ -8,7 +8,7 @@ use vgpu_spec::fault::{ACCESS_ATOMIC, ACCESS_WRITE, FaultEntry, REASON_MALFORMED
 use vgpu_spec::handle::Handle;
 use vgpu_spec::job::{JOB_BAD, JOB_FAULT, JOB_OK, Job};
 use vgpu_spec::pte::{self, PAGE_SHIFT, leaf_shift};
-use vgpu_spec::regs::gpu::{VECTOR_COMPLETION, VECTOR_FAULT};
+use vgpu_spec::regs::gpu::VECTOR_COMPLETION;
 
 use super::checked::Checked;
 use super::context::{Context, State};
@@ -229,8 +229,7 @@ impl<'d> Engine<'d> {
                 std::thread::sleep(HELD_BACK_ALIVE);
             }
         }
-        device.holding_back.store(false, SeqCst);
-        device.raise_late(VECTOR_FAULT);
+        device.raise_held_back();
     }
 
     fn park(&mut self, index: u32, run: &mut Run, fault: Fault) {

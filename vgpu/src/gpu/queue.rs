@@ -229,8 +229,12 @@ impl Device {
             count(&self.counters.jobs_cut_off, 1);
             interrupt |= self.complete(run, work.job.fence, work.job.flags, killed);
         }
+        let waiting = queue.waiting(run);
+        if waiting.is_none() && !run.stopped {
+            self.stop_queue(run, Unusable::QueueTail);
+        }
         // The ring's size bounds this.
-        for _ in 0..queue.waiting(run).unwrap_or(0) {
+        for _ in 0..waiting.unwrap_or(0) {
             if run.stopped {
                 break;
             }

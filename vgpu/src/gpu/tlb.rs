@@ -20,7 +20,7 @@ use crate::oracle::Written;
 const ENTRIES_MAX: usize = 1 << 18;
 
 /// Written pages remembered in one TLB.
-const WRITTEN_MAX: usize = 1 << 16;
+const WRITTEN_MAX: usize = 1 << 14;
 
 /// Mixes page numbers, which differ in their low bits. The keys come from the driver, but a chosen collision only slows the
 /// context of the one who chose it.
@@ -164,7 +164,10 @@ impl Tlb {
     #[inline]
     pub(crate) fn wrote(&mut self, va: u64, bytes: u64, raw: u64) {
         for page in va >> PAGE_SHIFT..=(va + bytes.saturating_sub(1)) >> PAGE_SHIFT {
-            if self.written.len() < WRITTEN_MAX {
+            if raw & pte::VRAM != 0 {
+                // What was written of the system's page is in the device's by now.
+                self.written.remove(&page);
+            } else if self.written.len() < WRITTEN_MAX || self.written.contains_key(&page) {
                 self.written.insert(page, leaf_address(raw, page << PAGE_SHIFT));
             }
         }

@@ -311,7 +311,7 @@ pub struct Written {
 
 /// The device, as the oracle may question it.
 ///
-/// Called from [`super::Oracle::witness`] only, with none of the oracle's locks held; never from inside
+/// Called from [`super::Oracle::witness`] only, with none of the oracle's locks held (but [`Self::take_written`]); never from inside
 /// [`super::Oracle::event`], since the device may hold its own there.
 pub trait Inspect: Send + Sync {
     /// The state of a context, or `None` if the handle is not live.
@@ -322,6 +322,6 @@ pub trait Inspect: Send + Sync {
     fn range(&self, ctx: Handle, range: (u64, u64), write_only: bool, most: usize) -> Option<RangeView>;
 
     /// Pages of a context in `[range.0, range.1]` that the device has written since it was asked last. Only steps that were
-    /// compared ([`super::Oracle::compare`]) count.
+    /// compared ([`super::Oracle::compare`]) count. Takes no locks but those of TLBs.
     fn take_written(&self, ctx: Handle, range: (u64, u64)) -> Vec<Written>;
 }

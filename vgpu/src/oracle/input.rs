@@ -191,7 +191,6 @@ impl State {
             witness::BYE => self.bye(record.arg[0], found),
             // Which frames are device-private is for the walk of the CPU's tables to know.
             witness::RANGE_SLOTS
-            | witness::QUESTIONS
             | witness::MESSAGE
             | witness::DEVICE_PRIVATE_ADDED
             | witness::DEVICE_PRIVATE_REMOVED => {}

@@ -8,7 +8,8 @@
 //!
 //! Locks: the state's first, then those of what was found and of the trace; all others are held for moments and never while
 //! another is taken. None is held while the device is asked ([`Inspect`]) or a sink is called, so the device may call in with its
-//! own locks held.
+//! own locks held. But for one: what was written is asked of the device with the lock of [`dirt`] held, and it takes only the locks of its
+//! TLBs for that, with none of which it calls in.
 
 mod check;
 mod dirt;
@@ -138,8 +139,11 @@ impl Places {
     }
 
     /// If the guest has no memory there, it asks in vain.
-    fn put(&self, slot: u32, words: Option<&dirt::Words>) {
-        if let (Some(words), Some(place)) = (words, self.of(slot)) {
+    fn put(&self, slot: u32, words: &dirt::Words) {
+        let Some(place) = self.of(slot) else { return };
+        if words[0] == 0 {
+            let _ = self.memory.store_u64(place, 0);
+        } else {
             let _ = self.memory.write_object(place, words);
         }
     }
@@ -374,9 +378,9 @@ impl Oracle {
             }
             witness::RANGE_START => self.range_start(record, &input),
             witness::RANGE_END => self.range_end(record, &input),
-            witness::HEARTBEAT => self.heartbeat(&input),
+            witness::HEARTBEAT => self.heartbeat(record, &input),
             witness::ASSOCIATE => self.associate(record),
-            witness::QUESTIONS => self.ask_more(record),
+            witness::PAGE_CLEAN => self.page_clean(record, &input),
             // What is in it is no business of the oracle's.
             witness::MESSAGE => {}
             kind => match Moment::of(kind) {
@@ -428,61 +432,61 @@ impl Oracle {
             let Some(view) = device.range(ctx, (range.start, range.last), no_write, 1) else { continue };
             self.judge(&Input::RangeView { mm: record.mm, range, ctx, view });
         }
-        self.ask_for_dirt(device.as_ref(), record.mm, &range, &concerned);
+        self.ask_for_dirt(device.as_ref(), record.mm, &range);
     }
 
     /// Asks the witness whether pages that the device has written are dirty, now that the driver has let go of them. Where the
     /// CPU's entry is dirty by itself, or is another page's, there is nothing to ask.
-    fn ask_for_dirt(&self, device: &dyn Inspect, mm: u64, range: &Range, concerned: &[Handle]) {
+    fn ask_for_dirt(&self, device: &dyn Inspect, mm: u64, range: &Range) {
         let fate = range.fate();
-        if fate == Fate::Untouched {
-            return;
-        }
-        let Some(places) = self.places() else { return };
+        let (Some(places), false) = (self.places(), fate == Fate::Untouched) else { return };
+        // Whoever has no notifier any more, or is Released, may have written before.
+        let contexts = self.state.lock().contexts_of(mm);
         let mut marks = Vec::new();
-        for &ctx in concerned {
-            let written = device.take_written(ctx, (range.start, range.last));
-            marks.extend(written.into_iter().map(|written| Mark::new(ctx, written)));
-        }
         {
+            // A context that ends meanwhile hands over what it has written under this lock, so it is in one place or the other.
             let mut dirt = self.dirt.lock();
             dirt.fetch(|slot| places.load(slot));
-            if fate != Fate::Stays {
-                dirt.gone(mm, range);
+            for ctx in contexts {
+                let written = device.take_written(ctx, (range.start, range.last));
+                marks.extend(written.into_iter().map(|written| Mark::new(ctx, written)));
             }
-            dirt.take(mm, range, &mut marks);
+            dirt.begin(mm, range, &mut marks);
         }
-        if fate != Fate::Settled {
-            self.only_clean(mm, &mut marks);
-            let words = self.dirt.lock().ask(mm, range, marks);
-            places.put(range.slot, words.as_ref());
-        }
+        self.only_clean(mm, &mut marks);
+        let words = self.dirt.lock().ask(range, &marks);
+        places.put(range.slot, &words.unwrap_or([0; witness::QUESTION_WORDS as usize]));
     }
 
-    /// Leaves those whose pages the CPU has, and has not written.
+    /// Leaves those whose pages the CPU has, and has not written. Of where the driver moves pages by itself nothing is said: one may have
+    /// gone and come home.
     fn only_clean(&self, mm: u64, marks: &mut Vec<Mark>) {
-        let root = self.state.lock().root_of(mm);
-        let (Some(root), Some((format, memory)), false) = (root, self.tables(), marks.is_empty()) else {
-            marks.clear();
-            return;
+        let root = {
+            let state = self.state.lock();
+            marks.retain(|mark| !state.moved_by_owner(mm, mark.va));
+            state.root_of(mm)
         };
+        let (Some(root), Some((format, memory))) = (root, self.tables()) else { return marks.clear() };
         let space = Space { root, format };
         marks.retain(|mark| {
             let page = space.walk(&memory, mark.va);
-            page.kind == Kind::Present && !page.dirty && page.frame == mark.frame
+            matches!(page.kind, Kind::Present | Kind::ProtNone) && !page.dirty && page.frame == mark.frame
         });
     }
 
-    /// The questions about an invalidation are answered, and there are more.
-    fn ask_more(&self, record: &Record) {
-        let (slot, number) = ((record.arg[2] >> 32) as u32, record.arg[3]);
-        let Some(places) = self.places() else { return };
-        let words = {
-            let mut dirt = self.dirt.lock();
-            dirt.fetch(|slot| places.load(slot));
-            dirt.more(slot, number)
-        };
-        places.put(slot, words.as_ref());
+    /// An answer: a page is clean.
+    fn page_clean(&self, record: &Record, input: &Input) {
+        let [va, frame, ctx, number] = record.arg;
+        let mark = Mark { va, frame, ctx: Handle(ctx) };
+        // It is not in the trace if it counts for nothing.
+        if !self.dirt.lock().answered(record.mm, number, mark) {
+            return;
+        }
+        let mut still = vec![mark];
+        self.only_clean(record.mm, &mut still);
+        if !still.is_empty() {
+            self.judge(input);
+        }
     }
 
     fn places(&self) -> Option<Places> {
@@ -490,15 +494,18 @@ impl Oracle {
         Some(Places { slots, memory: self.memory.get()?.snapshot() })
     }
 
-    /// A context ends, or is Released: nobody asks the device any more what it has written for it. To be called before
-    /// [`DeviceEvent::ContextReleased`]; the device may hold its own locks.
-    pub fn ends_having_written(&self, ctx: Handle, written: &[Written]) {
-        if !self.config.enabled || written.is_empty() {
+    /// A context ends, or is Released: nobody asks the device any more what it has written for it, which `written` takes out. To be
+    /// called before [`DeviceEvent::ContextReleased`]; the device may hold its own locks, but those of its TLBs.
+    pub fn ends_having_written(&self, ctx: Handle, written: &dyn Fn() -> Vec<Written>) {
+        if !self.config.enabled {
             return;
         }
-        let Some(mm) = self.state.lock().living_mm_of(ctx) else { return };
+        let mm = self.state.lock().living_mm_of(ctx);
         let mut dirt = self.dirt.lock();
-        written.iter().for_each(|&written| dirt.owe(mm, Mark::new(ctx, written)));
+        let written = written();
+        if let Some(mm) = mm {
+            written.into_iter().for_each(|written| dirt.owe(mm, Mark::new(ctx, written)));
+        }
     }
 
     /// The end of a change of rights: no translation may allow more than the CPU's now.
@@ -526,13 +533,14 @@ impl Oracle {
     /// Looks at what the contexts of an address space still have.
     fn look(&self, mm: u64, moment: Moment, input: &Input) {
         if moment == Moment::Released {
-            self.dirt.lock().forget(mm);
             // Its tables are as the last task left them.
             self.look_at_absent(mm, (0, u64::MAX));
             self.look_at_outliving(Sight::Last, |one| one.place.mm == mm);
         }
         // From here on the contexts' accesses are watched, so none slips through between the look and the watch.
         let concerned = self.judge(input).contexts;
+        // And nothing is owed for it any more, for it has ended.
+        self.dirt.lock().forget(mm);
         // The kernel is about to free the tables that accesses are held against.
         concerned.iter().for_each(|&ctx| self.mirrors.clear(ctx));
         if !self.config.enabled {
@@ -544,7 +552,12 @@ impl Oracle {
         }
     }
 
-    fn heartbeat(&self, input: &Input) {
+    fn heartbeat(&self, record: &Record, input: &Input) {
+        let missed = self.dirt.lock().missed(record.arg[1]);
+        if let Some(device) = self.device().filter(|_| missed) {
+            let contexts = self.state.lock().contexts();
+            contexts.into_iter().for_each(|ctx| drop(device.take_written(ctx, (0, u64::MAX))));
+        }
         self.look_at_doubts();
         self.look_at_outliving(Sight::Beat, |_| true);
         for ctx in self.judge(input).contexts {

@@ -232,9 +232,25 @@ impl State {
         self.mm_of(ctx).filter(|id| self.mms.get(id).is_some_and(|mm| !mm.released))
     }
 
+    /// The contexts that are known to mirror an address space, whatever has become of them.
+    pub(super) fn contexts_of(&self, id: u64) -> Vec<Handle> {
+        let its = self.contexts.iter().filter(|(_, context)| context.mm == Some(id));
+        its.map(|(&handle, _)| Handle(handle)).collect()
+    }
+
+    /// All contexts.
+    pub(super) fn contexts(&self) -> Vec<Handle> {
+        self.contexts.keys().map(|&handle| Handle(handle)).collect()
+    }
+
     /// Address of the top table of an address space that lives.
     pub(super) fn root_of(&self, mm: u64) -> Option<u64> {
         self.mms.get(&mm).filter(|mm| !mm.released && mm.root != 0).map(|mm| mm.root)
+    }
+
+    /// Whether the driver has begun to move `va` by itself.
+    pub(super) fn moved_by_owner(&self, mm: u64, va: u64) -> bool {
+        self.mms.get(&mm).is_some_and(|mm| mm.moved_by_owner(va))
     }
 
     pub(super) fn mm_name(&self, mm: Option<u64>) -> String {
@@ -419,24 +435,21 @@ impl State {
         found: &mut Vec<Finding>,
     ) {
         let who = by.map_or_else(|| "no context".to_owned(), |ctx| ctx.to_string());
+        let owner = self.owners.iter().rev().find(|(fault, _)| *fault == handle).map(|&(_, owner)| owner);
+        let foreign = owner.filter(|&owner| by.is_some_and(|by| by != owner));
         let (rule, ctx, text) = match (handle.kind(), issued_before) {
             (Some(Kind::Context), true) => {
                 let text = format!("{op} named {handle}, which had been unregistered before");
                 (Rule::UnregisterTouch, Some(handle), text)
             }
+            (Some(Kind::Fault), _) if foreign.is_some() => {
+                let owner = foreign.map_or_else(String::new, |owner| owner.to_string());
+                (Rule::UnknownHandle, by, format!("{op} of {who} named {handle}, which was {owner}'s"))
+            }
+            // Another path (kill, release, "all of the context") may have answered it in between.
             (Some(Kind::Fault), true) => {
-                let owner = self.owners.iter().rev().find(|(fault, _)| *fault == handle);
-                match owner.filter(|(_, owner)| by.is_some_and(|by| by != *owner)) {
-                    Some((_, owner)) => {
-                        let text = format!("{op} of {who} named {handle}, which was {owner}'s");
-                        (Rule::UnknownHandle, by, text)
-                    }
-                    // Another path (kill, release, "all of the context") may have answered it in between.
-                    None => {
-                        self.stale_answers += 1;
-                        return;
-                    }
-                }
+                self.stale_answers += 1;
+                return;
             }
             (Some(Kind::Context), false) => {
                 (Rule::UnknownHandle, Some(handle), format!("{op} named {handle}, which was never given out"))

@@ -11,9 +11,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use vgpu::gates::{Conductor, Doors, GateRecord, Role, Why};
 use vgpu::oracle::describe;
-use vgpu_spec::witness::{
-    HEARTBEAT, HELLO, PAGE_CLEAN, QUESTIONS, RANGE_END, RANGE_SLOTS, RANGE_START, Record,
-};
+use vgpu_spec::witness::{HEARTBEAT, HELLO, PAGE_CLEAN, RANGE_END, RANGE_SLOTS, RANGE_START, Record};
 
 use super::order::{Chance, MAX_TURNS, Order, Turn, list};
 use super::script::{Action, Concerns, Condition, Place, Script};
@@ -542,8 +540,8 @@ impl Conductor for Engine {
         } else if state.repetition.is_some() && record.kind != HELLO {
             let role = state.roles.get(&record.pid).copied().unwrap_or_default();
             // What address spaces come and go by is part of the story whoever does it.
-            let by_itself = matches!(record.kind, RANGE_START | RANGE_END | RANGE_SLOTS | PAGE_CLEAN);
-            if record.kind != QUESTIONS && !(role.is_empty() && by_itself) {
+            if !role.is_empty() || !matches!(record.kind, RANGE_START | RANGE_END | RANGE_SLOTS | PAGE_CLEAN)
+            {
                 state.tell(&who(role), describe(record));
             }
         }

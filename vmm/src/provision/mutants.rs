@@ -33,8 +33,9 @@ pub struct Mutant {
     pub path: PathBuf,
 }
 
-/// What a head may ask for: what is under the driver, and which part of it runs. Not what is run on it.
-const OPTIONS: [&str; 3] = ["--atomics", "--backend", "--mirror-policy"];
+/// What a head may ask for: what is under the driver, and which part of it runs. Not what is run on it. `--append` is for a kernel's own
+/// detectors, which are off if not asked for.
+const OPTIONS: [&str; 4] = ["--append", "--atomics", "--backend", "--mirror-policy"];
 
 impl Mutant {
     /// Whether a violation of `rule` is what the head asks for. Without a `Rule:` any is.

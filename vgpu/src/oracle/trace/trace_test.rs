@@ -14,7 +14,7 @@ use vgpu_spec::witness::{self, Record};
 use super::super::doubt::{Cause, Doubt, Outcome};
 use super::super::model_test::{Model, any_event, any_record, step};
 use super::super::oracle_test::{NOT_CLEAN, PTE, VA, ctx};
-use super::super::range_test::guest;
+use super::super::range_test::{CLEAN, guest};
 use super::super::*;
 use super::*;
 use crate::testing::anonymous_file;
@@ -520,7 +520,12 @@ fn play(g: &range_test::Guest, moves: &[Move]) {
             }
             Move::Beat => g.beat(1),
             Move::Beats => g.beat(11),
-            Move::Clean => g.tell(witness::PAGE_CLEAN, 1, [VA, 0x1234_5000, g.ctx.0, 0]),
+            Move::Clean => {
+                g.cpu(CLEAN);
+                g.writes();
+                g.start(spec::CLEAR, 1);
+                g.says_clean(1);
+            }
             Move::Notifier(more) => {
                 let kind = if more { witness::NOTIFIER_ADDED } else { witness::NOTIFIER_REMOVED };
                 g.tell(kind, 1, [2, 0, 0, 0]);
