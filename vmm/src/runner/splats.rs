@@ -34,13 +34,23 @@ const OWN_REASONS: &[&str] = &[
     "NMI: IOCK error",
 ];
 
-/// Warnings that are the kernel's own, by the file that warns and a function on the stack, and why.
-const OWN_WARNINGS: &[(&str, &str, &str)] = &[(
-    "kernel/time/hrtimer.c",
-    "dl_task_timer",
-    // Seen on 7.3 in a guest that the host let run a fiftieth of the time.
-    "the scheduler's own timer, which came so late that it was queued again when it was put forward",
-)];
+/// Warnings that are the kernel's own, by the file that warns or what it says, and a function on the stack, and why.
+const OWN_WARNINGS: &[(&str, &str, &str)] = &[
+    (
+        "kernel/time/hrtimer.c",
+        "dl_task_timer",
+        // Seen on 7.3 in a guest that the host let run a fiftieth of the time.
+        "the scheduler's own timer, which came so late that it was queued again when it was put forward",
+    ),
+    // What arch/x86/kernel/unwind_orc.c says of itself, once a boot. The first was seen on 7.3 with kmemleak, which keeps the stack of
+    // each allocation, in return_to_handler: where the witness's probes come back.
+    ("WARNING: stack going in the wrong direction?", "", UNWINDER),
+    ("WARNING: can't access registers at", "", UNWINDER),
+    ("WARNING: can't access iret registers at", "", UNWINDER),
+    ("WARNING: unknown unwind hint", "", UNWINDER),
+];
+
+const UNWINDER: &str = "the kernel's unwinder could not read a stack";
 
 /// For how many seconds a task has not got on, if that is what is said: `task NAME:PID blocked for more than N seconds`.
 pub fn hung_for(summary: &str) -> Option<u64> {
@@ -123,6 +133,14 @@ mod tests {
         for other in ["", "INFO: task x blocked for more than many seconds.", "watchdog: BUG: soft lockup"] {
             assert_eq!(hung_for(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn what_the_unwinder_says_of_itself_is_nobodys_driver() {
+        let own = "WARNING: stack going in the wrong direction? at return_to_handler+0x46/0x50";
+        assert!(matches!(meaning(&splat(SplatKind::Warn, own), true, false), Meaning::Note(_)));
+        let other = "WARNING: mm/rmap.c:12 at stack_going+0x46/0x50, CPU#0: init/1";
+        assert_eq!(rule(meaning(&splat(SplatKind::Warn, other), true, false)), Some(Rule::KernelWarn));
     }
 
     #[test]
