@@ -118,32 +118,44 @@ impl Device {
     }
 
     /// A ring or buffer of guest memory that begins at `base`; `None` is no usable one.
-    fn area(&self, base: u64, log2: u32, bytes: usize, sizes: std::ops::RangeInclusive<u32>) -> Option<Ring> {
-        let usable = sizes.contains(&log2)
-            && base % bytes as u64 == 0
-            && self.memory.snapshot().check(base, (bytes as u64) << log2, true).is_ok();
-        usable.then_some(Ring { base, log2 })
+    /// What is wrong with it is told apart, for memory may have gone.
+    fn area(
+        &self,
+        base: u64,
+        log2: u32,
+        bytes: usize,
+        sizes: std::ops::RangeInclusive<u32>,
+        [makes_no_sense, is_no_memory]: [Unusable; 2],
+    ) -> Option<Ring> {
+        let why = if !sizes.contains(&log2) || base % bytes as u64 != 0 {
+            makes_no_sense
+        } else if self.memory.snapshot().check(base, (bytes as u64) << log2, true).is_err() {
+            is_no_memory
+        } else {
+            return Some(Ring { base, log2 });
+        };
+        // It is taken away so.
+        if log2 != 0 {
+            self.unusable(why, None);
+        }
+        None
     }
 
     fn set_up_ring(&self, log2: u32) {
-        let ring = self.area(self.registers.pair(CMD_BASE_LO), log2, COMMAND_BYTES, 4..=16);
+        let whys = [Unusable::CommandArea, Unusable::CommandMemory];
+        let ring = self.area(self.registers.pair(CMD_BASE_LO), log2, COMMAND_BYTES, 4..=16, whys);
         let mut request = self.ring_request.lock();
         self.registers.set(CMD_HEAD, 0);
         self.registers.set(CMD_TAIL, 0);
         *request = Some(ring);
         drop(request);
-        if ring.is_none() && log2 != 0 {
-            self.unusable(Unusable::CommandArea, None);
-        }
         self.signal.notify();
     }
 
     fn set_up_faults(&self, log2: u32) {
-        let area = self.area(self.registers.pair(FAULT_BASE_LO), log2, FAULT_BYTES, 2..=12);
+        let whys = [Unusable::FaultArea, Unusable::FaultMemory];
+        let area = self.area(self.registers.pair(FAULT_BASE_LO), log2, FAULT_BYTES, 2..=12, whys);
         self.faults.set_buffer(area.map(|area| (area.base, area.log2)), &self.registers);
-        if area.is_none() && log2 != 0 {
-            self.unusable(Unusable::FaultArea, None);
-        }
         self.signal.notify();
     }
 

@@ -75,6 +75,11 @@ pub enum Unusable {
 }
 
 impl Unusable {
+    /// What has been memory may be so no longer, when the device is taken away.
+    pub(super) fn is_memory(self) -> bool {
+        matches!(self, Self::CommandMemory | Self::FaultMemory | Self::QueueMemory)
+    }
+
     /// All of them; their place is their number.
     pub(super) const ALL: [Self; 7] = [
         Self::CommandArea,

@@ -54,7 +54,7 @@ rules! {
     UnknownHandle = "context/unknown-handle";
     /// A context is there, with the results of its newest jobs, until its owner ends it or its address space is released.
     ContextEndedEarly = "context/ended-early";
-    /// Rings and buffers that the device is given are memory, and no index runs ahead of what they hold.
+    /// Rings and buffers that the device is given can be used, and no index runs ahead of what they hold.
     RingUnusable = "ring/unusable";
     /// When an UNMAP or CLEAR start has returned 0, no valid leaf is left in its range; after a PROTECTION_PAGE one, none that may write.
     InvalidateStalePte = "invalidate/stale-pte";

@@ -307,6 +307,8 @@ impl State {
             E::BadHandle { op, handle, issued_before, by, va } => {
                 self.bad_handle(op, handle, issued_before, by, va, found);
             }
+            // A device that was pulled out has no memory any more.
+            E::Unusable { why, .. } if why.is_memory() => {}
             E::Unusable { ctx, queue, why } => {
                 let ctx = Some(ctx).filter(|&ctx| ctx != Handle::NONE);
                 let whose = ctx.map_or_else(|| "the device".to_owned(), |ctx| format!("{queue} of {ctx}"));
