@@ -311,6 +311,15 @@ impl Context {
         }
     }
 
+    /// Whether a job has ended by now.
+    pub(crate) fn has_ended(&self, ticket: Ticket) -> Checked<bool> {
+        match self.file.wait(ticket.queue, ticket.fence, Duration::ZERO) {
+            Ok(_) => Ok(true),
+            Err(Errno::ETIME | Errno::EINTR) => Ok(false),
+            Err(errno) => Err(self.no_result(ticket, errno)).doing("wait"),
+        }
+    }
+
     /// What it means that this context, which nobody has ended, refuses something.
     ///
     /// That the caller's address space lives is certain: it is the caller's. The driver is asked once more, so that a device

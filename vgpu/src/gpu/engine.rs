@@ -255,10 +255,8 @@ impl<'d> Engine<'d> {
         count(&device.counters.faults, 1);
         let handle = device.faults.raise(index, entry);
         device.oracle.event(DeviceEvent::FaultRaised { fault: handle, ctx: setup.ctx, va, access, again });
-        // One at a time: somebody has to end the jobs of a context that goes.
-        let hold_back = || {
-            device.engines.len() > 1 && device.jitter.holds_back() && !device.holding_back.swap(true, SeqCst)
-        };
+        // Somebody else has to end the jobs of a context that goes.
+        let hold_back = device.engines.len() > 1 && device.jitter.holds_back();
         if device.faults.park(index, device, hold_back) {
             self.held_back = Some(setup.ctx);
         }

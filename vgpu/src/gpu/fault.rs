@@ -3,6 +3,8 @@
 //!
 //! A queue has at most one access parked, so a fault's index is its queue's.
 
+use std::sync::atomic::Ordering::SeqCst;
+
 use parking_lot::Mutex;
 use vgpu_spec::fault::{FAULT_BYTES, FaultEntry};
 use vgpu_spec::handle::{Handle, Kind};
@@ -104,13 +106,10 @@ impl Faults {
         handle
     }
 
-    /// From now on the driver may answer. If there is no other fault, and `hold_back` says so, the interrupt is held back: true,
-    /// and it is for the caller to raise.
-    pub(crate) fn park(&self, index: u32, device: &Device, hold_back: impl FnOnce() -> bool) -> bool {
+    /// From now on the driver may answer. If the interrupt is held back, which is only done if wanted and if there is no other fault
+    /// (whose interrupt would tell of this one), and for one fault at a time: true, and it is for the caller to raise.
+    pub(crate) fn park(&self, index: u32, device: &Device, hold_back: bool) -> bool {
         let mut inner = self.inner.lock();
-        let alone = |slot: &Slot| matches!(slot.state, State::Free | State::Answered(_));
-        let others = inner.slots.iter().enumerate().filter(|&(at, _)| at != index as usize);
-        let alone = others.map(|(_, slot)| slot).all(alone);
         let slot = &mut inner.slots[index as usize];
         if slot.state != State::Raising {
             return false;
@@ -120,7 +119,10 @@ impl Faults {
         if !inner.record(index, device) {
             return false;
         }
-        let held_back = alone && hold_back();
+        let parked = |slot: &&Slot| matches!(slot.state, State::Raising | State::Parked { .. });
+        let held_back = hold_back
+            && inner.slots.iter().filter(parked).count() == 1
+            && !device.holding_back.swap(true, SeqCst);
         if !held_back {
             device.interrupts.raise(VECTOR_FAULT, &device.registers);
         }
@@ -271,7 +273,7 @@ impl Inner {
         let put = put.wrapping_add(1);
         let snapshot = memory.snapshot();
         let written = snapshot.write_object(at, &slot.entry).and_then(|()| {
-            std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+            std::sync::atomic::fence(SeqCst);
             match registers.pair(FAULT_PUT_WB_LO) {
                 0 => Ok(()),
                 address => snapshot.store_u32(address, put),

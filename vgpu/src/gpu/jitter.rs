@@ -19,7 +19,7 @@ const STEPS: (u64, u64) = (16, 1_500);
 /// Once in so many interrupts for jobs that were killed, and for how long at most.
 const LATE: (u64, u64) = (3, 1_500);
 /// Once in so many faults that are alone, the interrupt is held back.
-const FAULTS: u64 = 4;
+const FAULTS: u64 = 8;
 /// Chances are drawn in spells of so many, of which one in so many is slow: every second chance is taken. Threads of a driver that
 /// wait for each other meet only where several waits come together.
 const SPELL: (u64, u64) = (64, 16);

@@ -69,6 +69,8 @@ struct Asking {
     mm: u64,
     number: u64,
     stays: bool,
+    /// The questions are put. Before, what stands in their place is of an earlier invalidation.
+    put: bool,
     /// In the order of the questions, once they are put; `None` for one whose answer counts for nothing any more.
     asked: Vec<Option<Mark>>,
 }
@@ -123,17 +125,21 @@ impl Dirt {
         let stays = range.fate() == Fate::Stays;
         let asked = marks.iter().copied().map(Some).collect();
         if !marks.is_empty() && range.fate() != Fate::Settled && self.asking.len() < ASKING_MOST {
-            self.asking.insert(range.slot, Asking { mm, number: range.number, stays, asked });
+            self.asking.insert(range.slot, Asking { mm, number: range.number, stays, put: false, asked });
         }
     }
 
-    /// Has the witness asked about those of `marks`, of whose pages the CPU's entries are clean, that still count, as far as there is room:
-    /// what to write to the place of the invalidation's questions.
+    /// Has the witness asked about those of `marks`, of whose pages the CPU's entries are clean, that still count; if there are too many,
+    /// about some from all over the range: what to write to the place of the invalidation's questions, before anybody else has the lock.
     pub(super) fn ask(&mut self, range: &Range, marks: &[Mark]) -> Option<Words> {
         let asking = self.asking.get_mut(&range.slot).filter(|asking| asking.number == range.number)?;
         asking.asked.retain(|asked| asked.is_some_and(|asked| marks.binary_search(&asked).is_ok()));
-        asking.asked.truncate(QUESTIONS_MOST);
-        asking.asked.shrink_to_fit();
+        if let Some(more) = asking.asked.len().checked_sub(QUESTIONS_MOST).filter(|more| *more > 0) {
+            let last = more + QUESTIONS_MOST - 1;
+            asking.asked =
+                (0..QUESTIONS_MOST).map(|i| asking.asked[i * last / (QUESTIONS_MOST - 1)]).collect();
+        }
+        asking.put = true;
         if asking.asked.is_empty() {
             self.asking.remove(&range.slot);
             return None;
@@ -150,10 +156,9 @@ impl Dirt {
     pub(super) fn fetch(&mut self, read: impl Fn(u32) -> Option<u64>) {
         let mut clean = Vec::new();
         self.asking.retain(|&slot, asking| {
-            let Some(answer) = read(slot).filter(|answer| answer & QUESTIONS_ANSWERED != 0) else {
-                return true;
-            };
-            let asked = asking.asked.drain(..).take(QUESTIONS_MOST).enumerate();
+            let answer = asking.put.then(|| read(slot)).flatten();
+            let Some(answer) = answer.filter(|answer| answer & QUESTIONS_ANSWERED != 0) else { return true };
+            let asked = asking.asked.drain(..).enumerate();
             if asking.stays {
                 let owed = asked.filter(|(i, _)| answer >> i & 1 != 0);
                 clean.extend(owed.filter_map(|(_, mark)| Some((asking.mm, mark?))));
@@ -165,7 +170,8 @@ impl Dirt {
 
     /// Whether the answer that a page is clean is one to a question that still counts. It counts once.
     pub(super) fn answered(&mut self, mm: u64, number: u64, mark: Mark) -> bool {
-        let its = |asking: &&mut Asking| asking.mm == mm && asking.number == number && !asking.stays;
+        let its =
+            |asking: &&mut Asking| asking.mm == mm && asking.number == number && asking.put && !asking.stays;
         let Some(asking) = self.asking.values_mut().find(its) else { return false };
         asking.asked.iter_mut().any(|asked| asked.take_if(|asked| *asked == mark).is_some())
     }
@@ -266,6 +272,9 @@ mod tests {
         for (mm, pages) in [(1, 1..=1), (1, 23..=23), (2, 0..=99), (1, 33..=33)] {
             assert!(started(&mut dirt, mm, &range(spec::CLEAR, 4, pages), &[]).is_none());
         }
+        // What stands there is still the answer to others.
+        dirt.fetch(|slot| (slot == 6).then_some(QUESTIONS_ANSWERED | 1));
+        assert!(!dirt.answered(1, 106, mark(34)));
         assert_eq!(dirt.ask(&goes, &late).unwrap()[..2], [1, 34 << 12], "between the look and the question");
         assert!(!dirt.answered(1, 105, mark(23)));
         assert!(!dirt.answered(2, 105, mark(24)) && !dirt.answered(1, 104, mark(24)));
@@ -304,7 +313,12 @@ mod tests {
             let range = range(spec::CLEAR, slot, written[0]..=written[99]);
             let words = started(&mut dirt, u64::from(slot), &range, &written);
             assert_eq!(words.is_some(), slot < ASKING_MOST as u32);
-            assert_eq!(words.map_or(42, |words| words[0]), QUESTIONS_MOST as u64);
+            if let Some(words) = words {
+                let asked = words[1..].chunks_exact(3).map(|question| question[0] >> 12);
+                let asked: Vec<_> = asked.map(|page| page - written[0]).collect();
+                assert_eq!((words[0], asked.len()), (42, 42));
+                assert_eq!((asked[0], asked[1], asked[41]), (0, 2, 99));
+            }
         }
         assert!(!dirt.missed(0));
         assert!(dirt.missed(2) && dirt.is_empty());

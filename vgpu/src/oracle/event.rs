@@ -80,7 +80,7 @@ impl Unusable {
         matches!(self, Self::CommandMemory | Self::FaultMemory | Self::QueueMemory)
     }
 
-    /// All of them; their place is their number.
+    /// All of them, by number.
     pub(super) const ALL: [Self; 7] = [
         Self::CommandArea,
         Self::CommandTail,

@@ -138,14 +138,13 @@ impl Places {
         Some(self.memory.atomic_u64(self.of(slot)?, false).ok()?.load(SeqCst))
     }
 
-    /// If the guest has no memory there, it asks in vain.
-    fn put(&self, slot: u32, words: &dirt::Words) {
+    /// Puts questions there, or none. If the guest has no memory there, it asks in vain.
+    fn put(&self, slot: u32, words: Option<dirt::Words>) {
         let Some(place) = self.of(slot) else { return };
-        if words[0] == 0 {
-            let _ = self.memory.store_u64(place, 0);
-        } else {
-            let _ = self.memory.write_object(place, words);
-        }
+        let _ = match words {
+            Some(words) => self.memory.write_object(place, &words),
+            None => self.memory.store_u64(place, 0),
+        };
     }
 }
 
@@ -454,8 +453,9 @@ impl Oracle {
             dirt.begin(mm, range, &mut marks);
         }
         self.only_clean(mm, &mut marks);
-        let words = self.dirt.lock().ask(range, &marks);
-        places.put(range.slot, &words.unwrap_or([0; witness::QUESTION_WORDS as usize]));
+        // Under the lock: whoever fetches answers finds the questions there.
+        let mut dirt = self.dirt.lock();
+        places.put(range.slot, dirt.ask(range, &marks));
     }
 
     /// Leaves those whose pages the CPU has, and has not written. Of where the driver moves pages by itself nothing is said: one may have

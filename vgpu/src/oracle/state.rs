@@ -437,16 +437,27 @@ impl State {
         found: &mut Vec<Finding>,
     ) {
         let who = by.map_or_else(|| "no context".to_owned(), |ctx| ctx.to_string());
-        let owner = self.owners.iter().rev().find(|(fault, _)| *fault == handle).map(|&(_, owner)| owner);
-        let foreign = owner.filter(|&owner| by.is_some_and(|by| by != owner));
+        let foreign = || {
+            let (_, owner) = self.owners.iter().rev().find(|(fault, _)| *fault == handle)?;
+            (by? != *owner).then_some(*owner)
+        };
+        let owner = if handle.kind() == Some(Kind::Fault) { foreign() } else { None };
+        if let Some(owner) = owner {
+            let text = format!("{op} of {who} named {handle}, which was {owner}'s");
+            found.push(Finding {
+                rule: Rule::UnknownHandle,
+                ctx: by,
+                mm: by.and_then(|by| self.mm_of(by)),
+                va,
+                frame: None,
+                summary: text,
+            });
+            return;
+        }
         let (rule, ctx, text) = match (handle.kind(), issued_before) {
             (Some(Kind::Context), true) => {
                 let text = format!("{op} named {handle}, which had been unregistered before");
                 (Rule::UnregisterTouch, Some(handle), text)
-            }
-            (Some(Kind::Fault), _) if foreign.is_some() => {
-                let owner = foreign.map_or_else(String::new, |owner| owner.to_string());
-                (Rule::UnknownHandle, by, format!("{op} of {who} named {handle}, which was {owner}'s"))
             }
             // Another path (kill, release, "all of the context") may have answered it in between.
             (Some(Kind::Fault), true) => {

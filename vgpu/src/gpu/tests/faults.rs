@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Faults: raised, recorded, replayed, cancelled, dropped.
 
+use std::sync::atomic::Ordering::SeqCst;
+
 use vgpu_spec::command::*;
 use vgpu_spec::fault::*;
 use vgpu_spec::handle::Handle;
@@ -12,7 +14,9 @@ use vgpu_spec::regs::gpu as regs;
 use vgpu_spec::witness::{self, Record};
 
 use super::rig;
+use crate::gpu::GpuConfig;
 use crate::oracle::{Inspect as _, Rule};
+use crate::testing::Rig;
 
 const VA: u64 = 0x40_0000_0000;
 
@@ -207,4 +211,58 @@ fn release_kill_and_destroy_drop_faults() {
     let index = one.submit(&rig, fill(VA, 8));
     assert_eq!(one.wait(&rig, index).status, JOB_KILLED);
     assert_eq!(rig.run(OP_FAULT_CANCEL, Handle(77), [0; 5]).0, STATUS_BAD_HANDLE);
+}
+
+/// A device that takes its time.
+fn slow() -> Rig {
+    let config = GpuConfig { contexts: 8, queues: 8, engines: 2, jitter: Some(7), ..GpuConfig::default() };
+    Rig::new(config, 64 << 20)
+}
+
+/// Lets an access fault; whether the interrupt for it is held back. There were `before`.
+fn faults(rig: &Rig, queue: &mut crate::testing::Queue, before: u64) -> bool {
+    queue.submit(rig, fill(VA, 8));
+    rig.fault();
+    let held_back = || rig.gpu.device.holding_back.load(SeqCst);
+    let mut held = false;
+    rig.until("the interrupt, or that it is held back", || {
+        held |= held_back();
+        held || rig.interrupts.0[regs::VECTOR_FAULT as usize].load(SeqCst) > before
+    });
+    held
+}
+
+#[test]
+fn an_interrupt_that_is_held_back_comes_all_the_same() {
+    let rig = slow();
+    let raised = || rig.interrupts.0[regs::VECTOR_FAULT as usize].load(SeqCst);
+    let mut held = 0;
+    for before in 0..32 {
+        let mut space = rig.bind();
+        let mut queue = space.queue(4);
+        held += usize::from(faults(&rig, &mut queue, before));
+        // Where it is, and where its place is another's.
+        if before % 2 == 0 {
+            rig.until("the interrupt", || raised() == before + 1);
+        }
+        space.close();
+    }
+    rig.until("the last interrupt", || raised() == 32);
+    assert!((1..32).contains(&held), "{held}");
+}
+
+#[test]
+fn a_reset_forgets_the_interrupt_that_is_held_back() {
+    let rig = slow();
+    let raised = || rig.interrupts.0[regs::VECTOR_FAULT as usize].load(SeqCst);
+    let mut space = rig.bind();
+    let mut queue = space.queue(4);
+    let mut before = 0;
+    while !faults(&rig, &mut queue, before) {
+        rig.ok(OP_FAULT_CANCEL, space.ctx, [0; 5]);
+        before += 1;
+    }
+    rig.write(regs::CTRL, regs::CTRL_RESET);
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert_eq!(raised(), before);
 }

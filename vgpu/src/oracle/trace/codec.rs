@@ -281,7 +281,7 @@ fn device(out: &mut Writer<'_>, event: &DeviceEvent, flags: u8) {
         E::Unusable { ctx, queue, why } => {
             about(UNUSABLE, ctx, &[]);
             out.handle(Kind::Queue, queue);
-            out.byte(Unusable::ALL.iter().position(|one| *one == why).unwrap_or_default() as u8);
+            out.byte(why as u8);
         }
         E::Disabled { leak, contexts_live } => {
             out.byte(DISABLED | flags);
