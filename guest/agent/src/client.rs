@@ -311,11 +311,12 @@ impl Context {
         }
     }
 
-    /// Whether a job has ended by now.
+    /// Whether a job has ended by now. So has one whose result is forgotten because enough newer ones were submitted.
     pub(crate) fn has_ended(&self, ticket: Ticket) -> Checked<bool> {
         match self.file.wait(ticket.queue, ticket.fence, Duration::ZERO) {
             Ok(_) => Ok(true),
             Err(Errno::ETIME | Errno::EINTR) => Ok(false),
+            Err(Errno::ENODATA) if self.newer(ticket) >= uapi::RESULTS => Ok(true),
             Err(errno) => Err(self.no_result(ticket, errno)).doing("wait"),
         }
     }
@@ -335,15 +336,20 @@ impl Context {
         }
     }
 
-    /// The same of a job that has been waited for, about which nothing is known.
-    fn no_result(&self, ticket: Ticket, errno: Errno) -> Failure {
+    /// How many jobs were submitted to its queue after a job.
+    fn newer(&self, ticket: Ticket) -> u64 {
         let newest =
             self.newest.get(ticket.queue as usize).map_or(u64::MAX, |one| one.load(Ordering::Relaxed));
-        if errno == Errno::ENODATA && newest.saturating_sub(ticket.fence) < uapi::RESULTS {
+        newest.saturating_sub(ticket.fence)
+    }
+
+    /// The same of a job that has been waited for, about which nothing is known.
+    fn no_result(&self, ticket: Ticket, errno: Errno) -> Failure {
+        let newer = self.newer(ticket);
+        if errno == Errno::ENODATA && newer < uapi::RESULTS {
             let detail = format!(
-                "of job {} nothing is known, though only {} newer ones were submitted: {}",
+                "of job {} nothing is known, though only {newer} newer ones were submitted: {}",
                 ticket.fence,
-                newest - ticket.fence,
                 describe(errno)
             );
             return Failure::ended(self.handle, detail);
@@ -489,6 +495,24 @@ mod tests {
             context.newest[0].store(newest, SeqCst);
             assert_eq!(ended(&context.no_result(ticket, errno)), gone, "{newest} {errno}");
         }
+    }
+
+    #[test]
+    fn a_job_whose_result_is_forgotten_has_ended() {
+        let device = Model::default();
+        let context = Context::bind(&device).unwrap();
+        let map = Mapping::small(PAGE).unwrap();
+        let job = Job::fill(map.at(0), 8, Pattern { first: 1, step: 0 });
+        let first = context.submit(job).unwrap();
+        context.wait(first).unwrap();
+        assert!(context.has_ended(first).unwrap());
+        let mut last = first;
+        for _ in 0..uapi::RESULTS {
+            last = context.submit(job).unwrap();
+        }
+        context.wait(last).unwrap();
+        assert!(context.wait(first).is_err());
+        assert!(context.has_ended(first).unwrap());
     }
 
     #[test]

@@ -18,7 +18,7 @@ use vgpu_spec::job::{
     FLAG_WRITE, JOB_BAD, JOB_FAULT, JOB_KILLED, JOB_OK, OP_ATOMIC_ADD, OP_CHECK, OP_COMPARE, OP_COPY,
     OP_FILL, OP_RANDOM, OP_STRIDED, random_index,
 };
-use vgpu_spec::uapi::{Act, Layer, Query, Submit, Wait};
+use vgpu_spec::uapi::{Act, Layer, Query, RESULTS, Submit, Wait};
 
 use super::{Device, DeviceFile};
 use crate::memory::{HUGE, PAGE, Pattern, peek};
@@ -151,6 +151,9 @@ impl DeviceFile for File {
             if let Some(wait) = results.get(&fence) {
                 return Ok(*wait);
             }
+            if results.keys().any(|newer| newer - RESULTS.min(*newer) >= fence) {
+                return Err(Errno::ENODATA);
+            }
             if Instant::now() >= until {
                 return Err(Errno::ETIME);
             }
@@ -218,7 +221,10 @@ impl Queue {
         std::thread::spawn(move || {
             for job in jobs {
                 let wait = own.run(&job, corrupt);
-                own.results.lock().unwrap().insert(job.fence, wait);
+                let mut results = own.results.lock().unwrap();
+                results.insert(job.fence, wait);
+                results.retain(|fence, _| fence + RESULTS > job.fence);
+                drop(results);
                 own.answered.notify_all();
             }
         });

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What system calls the machine's threads keep. A thread that makes another one ends the process: it is no longer ours.
+//! What system calls the machine's threads keep. A thread that makes another one ends the process: it is no longer ours. Opening
+//! a file is refused instead, since the C library tries to by itself.
 
 use std::collections::BTreeMap;
 
@@ -38,6 +39,10 @@ const COMMON: &[libc::c_long] = &[
     libc::SYS_tgkill,
     libc::SYS_write,
 ];
+/// What fails with EACCES and ends nobody. glibc reads `/proc/sys/vm/overcommit_memory` when it gives memory of a thread's heap back
+/// for the first time (`check_may_shrink_heap()`), which is any `free()`, and does without it where it may not; so does what names
+/// the frames of a panic.
+const REFUSED: &[libc::c_long] = &[libc::SYS_open, libc::SYS_openat];
 /// What a processor asks of KVM while it runs, when the guest moves BARs or sets interrupts up, and when it has failed.
 const KVM_CALLS: &[u64] =
     &[KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS, KVM_SET_GSI_ROUTING, KVM_SET_MEMORY, KVM_IRQFD];
@@ -52,13 +57,16 @@ const VFIO_CALLS: &[u64] = &[VFIO_DEVICE_SET_IRQS, VFIO_DEVICE_RESET];
 const VFIO_DEVICE_SET_IRQS: u64 = 0x3b6e;
 const VFIO_DEVICE_RESET: u64 = 0x3b6f;
 
-/// The filters, ready to be put on threads.
+/// What one thread keeps: two filters, since one knows only two answers. Of two the kernel takes the harder.
+type Kept = [BpfProgram; 2];
+
+/// The filters, ready to be put on threads; empty ones filter nothing.
 #[derive(Clone, Default)]
 pub(super) struct Filters {
     /// Of a processor.
-    pub(super) vcpu: BpfProgram,
+    pub(super) vcpu: Kept,
     /// Of a thread that carries the console's bytes.
-    pub(super) console: BpfProgram,
+    pub(super) console: Kept,
 }
 
 impl Filters {
@@ -96,20 +104,86 @@ impl Filters {
         {
             console.insert(call, Vec::new());
         }
-        let compile = |rules| {
-            let (mismatch, matching) = (SeccompAction::KillProcess, SeccompAction::Allow);
+        let each =
+            |calls: &[libc::c_long]| calls.iter().map(|call| (*call, Vec::new())).collect::<BTreeMap<_, _>>();
+        for kept in [&mut vcpu, &mut console] {
+            kept.extend(each(REFUSED));
+        }
+        let compile = |rules, mismatch, matching| {
             let filter = SeccompFilter::new(rules, mismatch, matching, TargetArch::x86_64)?;
             BpfProgram::try_from(filter)
         };
-        Ok(Self { vcpu: compile(vcpu).map_err(fail)?, console: compile(console).map_err(fail)? })
+        let (allow, kill) = (SeccompAction::Allow, SeccompAction::KillProcess);
+        let refuse = SeccompAction::Errno(libc::EACCES as u32);
+        let refused = compile(each(REFUSED), allow.clone(), refuse).map_err(fail)?;
+        let kept = |rules| Ok([refused.clone(), compile(rules, kill.clone(), allow.clone()).map_err(fail)?]);
+        Ok(Self { vcpu: kept(vcpu)?, console: kept(console)? })
     }
 }
 
-/// Puts a filter on this thread, for good.
-pub(super) fn apply(filter: &BpfProgram) -> Result<()> {
-    if filter.is_empty() {
-        return Ok(());
+/// Puts filters on this thread, for good.
+pub(super) fn apply(filters: &Kept) -> Result<()> {
+    for filter in filters.iter().filter(|filter| !filter.is_empty()) {
+        seccompiler::apply_filter(filter)
+            .map_err(|error| Failure::environment(format!("cannot give up system calls: {error}")))?;
     }
-    seccompiler::apply_filter(filter)
-        .map_err(|error| Failure::environment(format!("cannot give up system calls: {error}")))
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A call that is not allowed would end the whole test program.
+    fn under(filters: &Kept, what: impl FnOnce() + Send + 'static) {
+        let filters = filters.clone();
+        let run = move || {
+            apply(&filters).unwrap();
+            what();
+        };
+        std::thread::spawn(run).join().unwrap();
+    }
+
+    #[test]
+    fn a_file_is_refused() {
+        let filters = Filters::new(true, false).unwrap();
+        for kept in [&filters.vcpu, &filters.console] {
+            under(kept, || {
+                let error = std::fs::File::open("/proc/self/maps").unwrap_err();
+                assert_eq!(error.raw_os_error(), Some(libc::EACCES));
+            });
+        }
+    }
+
+    #[test]
+    fn memory_is_given_back() {
+        let filters = Filters::new(true, false).unwrap();
+        for kept in [&filters.vcpu, &filters.console] {
+            under(kept, || {
+                // Enough of a thread's own heap that it is made smaller, in pieces that are no mappings of their own.
+                let pieces: Vec<Vec<u8>> = (0..2048).map(|_| std::hint::black_box(vec![1; 4096])).collect();
+                assert!(pieces.iter().all(|piece| piece[4095] == 1));
+                drop(pieces);
+            });
+        }
+    }
+
+    /// Runs in a process of its own, which is this test once more.
+    #[test]
+    fn anything_else_ends_the_process() {
+        const CHILD: &str = "HMM_TESTBENCH_SECCOMP_CHILD";
+        if std::env::var_os(CHILD).is_some() {
+            under(&Filters::new(true, false).unwrap().vcpu, || {
+                let _ = nix::unistd::getppid();
+            });
+            return;
+        }
+        let name = "machine::kvm::seccomp::tests::anything_else_ends_the_process";
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name])
+            .env(CHILD, "")
+            .output()
+            .unwrap();
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.status), Some(libc::SIGSYS));
+    }
 }
