@@ -227,6 +227,8 @@ int moments_register(void)
 		}
 	}
 	ret = pgmap_register();
+	if (!ret)
+		ret = dma_register();
 	if (ret)
 		moments_unregister();
 	return ret;
@@ -239,6 +241,7 @@ void moments_start(void)
 {
 	WRITE_ONCE(started, true);
 	pgmap_start();
+	dma_start();
 }
 
 /**
@@ -251,6 +254,7 @@ void moments_unregister(void)
 	unsigned int i;
 
 	WRITE_ONCE(started, false);
+	dma_unregister();
 	pgmap_unregister();
 	for (i = 0; i < ARRAY_SIZE(probes); i++)
 		missed_before += witness_probe_unregister(&probes[i]);
@@ -262,7 +266,7 @@ void moments_unregister(void)
 u64 moments_missed(void)
 {
 	u64 missed = missed_before + mm_table_missed() + ranges_missed() +
-		     pgmap_missed();
+		     pgmap_missed() + dma_missed();
 	unsigned int i;
 
 	for (i = 0; i < ARRAY_SIZE(probes); i++)

@@ -22,8 +22,10 @@ static int hook_entry(struct fprobe *fp, unsigned long ip, unsigned long ret_ip,
 {
 	struct witness_probe *probe =
 		container_of(fp, struct witness_probe, hook);
+	struct witness_call *call = data;
 
-	return !probe->entry(data, compat_argument(regs, 0),
+	call->arg3 = compat_argument(regs, 3);
+	return !probe->entry(call, compat_argument(regs, 0),
 			     compat_argument(regs, 1));
 }
 
@@ -65,13 +67,14 @@ static u64 hook_missed(const struct witness_probe *probe)
 static int hook_entry(struct kretprobe_instance *ri, struct pt_regs *regs)
 {
 	struct kretprobe *rp = get_kretprobe(ri);
+	struct witness_call *call = (struct witness_call *)ri->data;
 	struct witness_probe *probe;
 
 	if (!rp)
 		return 1;
 	probe = container_of(rp, struct witness_probe, hook);
-	return !probe->entry((struct witness_call *)ri->data,
-			     compat_argument(regs, 0),
+	call->arg3 = compat_argument(regs, 3);
+	return !probe->entry(call, compat_argument(regs, 0),
 			     compat_argument(regs, 1));
 }
 NOKPROBE_SYMBOL(hook_entry);

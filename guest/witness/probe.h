@@ -18,6 +18,7 @@ struct mmu_notifier_range;
  * @range: an invalidation's range, which its caller keeps until its end
  * @pgmap: a range of device memory, which its caller keeps
  * @empty: it had no mapping, where the probe's entry has looked
+ * @arg3: the call's fourth argument
  */
 struct witness_call {
 	const struct mm_struct *mm;
@@ -25,6 +26,7 @@ struct witness_call {
 	const struct mmu_notifier_range *range;
 	const struct dev_pagemap *pgmap;
 	bool empty;
+	unsigned long arg3;
 };
 
 /**

@@ -70,6 +70,12 @@ void pgmap_start(void);
 void pgmap_unregister(void);
 u64 pgmap_missed(void);
 
+/* dma.c: memory of the device under test. */
+int dma_register(void);
+void dma_start(void);
+void dma_unregister(void);
+u64 dma_missed(void);
+
 /* format.c */
 void format_report(void);
 

@@ -71,6 +71,10 @@ crate::constants! {
     DEVICE_PRIVATE_ADDED: u32 = 14;
     /// memunmap_pages was called for it, and waits until none of its pages is in use: arguments as in DEVICE_PRIVATE_ADDED.
     DEVICE_PRIVATE_REMOVED: u32 = 15;
+    /// The driver gives coherent memory of the device's back (dma_free_attrs is entered): arg0 its bus address, arg1 bytes.
+    DMA_FREED: u32 = 16;
+    /// The driver has let go of the device, and has not taken back all that it mapped for it (dma_map_page, dma_map_phys): arg0 how many times more it mapped than unmapped.
+    DMA_LEFT: u32 = 17;
     /// The start of an invalidation has returned 0 for an address space that a context mirrors: arg0 first address, arg1 last address, arg2 event | flags | slot << 32 (both in the next section), arg3 its number, never reused.
     RANGE_START: u32 = 20;
     /// The end of an invalidation has been entered, of event PROTECTION_VMA only: arguments as in RANGE_START.

@@ -6,9 +6,14 @@ use std::sync::atomic::Ordering::SeqCst;
 use vgpu_spec::handle::Handle;
 use vgpu_spec::pte;
 
+use vgpu_spec::command::COMMAND_BYTES;
+use vgpu_spec::fault::FAULT_BYTES;
+use vgpu_spec::job::{COMPLETION_BYTES, JOB_BYTES};
+use vgpu_spec::regs::gpu::{CMD_BASE_LO, CMD_DONE_LO, CMD_SIZE, FAULT_BASE_LO, FAULT_PUT_WB_LO, FAULT_SIZE};
+
 use super::context::State;
 use super::device::Device;
-use crate::oracle::{ContextView, RangeView, Written};
+use crate::oracle::{ContextView, RangeView, RingUse, RingView, Written};
 
 impl Device {
     /// What the device has for a context now.
@@ -85,6 +90,44 @@ impl Device {
             });
         }
         Some(view)
+    }
+
+    /// The rings and buffers that touch a range of the bus's addresses, and that are read or written whenever something happens.
+    ///
+    /// What a Released context has is left alone once its jobs have ended.
+    pub(crate) fn rings(&self, (start, last): (u64, u64)) -> Vec<RingView> {
+        let mut found = Vec::new();
+        if !self.powered() {
+            return found;
+        }
+        let touches =
+            |base: u64, bytes: u64| bytes > 0 && base <= last && start <= base.saturating_add(bytes - 1);
+        let none = Handle::NONE;
+        let mut own = |used, size, bytes: usize, base, word| {
+            let log2 = self.registers.get(size);
+            let word = self.registers.pair(word);
+            let ring = touches(self.registers.pair(base), (bytes as u64) << log2);
+            if log2 != 0 && (ring || word != 0 && touches(word, 4)) {
+                found.push(RingView { used, ctx: none, queue: none });
+            }
+        };
+        own(RingUse::Commands, CMD_SIZE, COMMAND_BYTES, CMD_BASE_LO, CMD_DONE_LO);
+        own(RingUse::Faults, FAULT_SIZE, FAULT_BYTES, FAULT_BASE_LO, FAULT_PUT_WB_LO);
+        for queue in &self.queues {
+            let Some(setup) = *queue.memory.lock() else { continue };
+            let context = self.contexts.get(setup.ctx.index() as usize);
+            let released =
+                context.is_some_and(|context| context.state_of(setup.ctx) == Some(State::Released));
+            let quiet = released && queue.killed.load(SeqCst) == queue.kill.load(SeqCst);
+            let fence = setup.fence != 0 && touches(setup.fence, 8);
+            let ring = touches(setup.ring, (JOB_BYTES as u64) << setup.log2);
+            if !quiet
+                && (fence || ring || touches(setup.completions, (COMPLETION_BYTES as u64) << setup.log2))
+            {
+                found.push(RingView { used: RingUse::Queue, ctx: setup.ctx, queue: setup.handle });
+            }
+        }
+        found
     }
 
     /// Pages of a context in a range that were written since this was asked last.

@@ -58,7 +58,7 @@ pub use counters::GpuCounters;
 
 use crate::function::{Backing, Bar, Effects, Function, InterruptSink};
 use crate::memory::{MemoryError, Region, SystemMemory};
-use crate::oracle::{ContextView, Inspect, Oracle, RangeView, Written};
+use crate::oracle::{ContextView, Inspect, Oracle, RangeView, RingView, Written};
 use crate::pci::{BarShape, CLASS_GPU, ConfigSpace, Identity, MSIX_BAR_BYTES, MsixShape};
 use device::Device;
 use engine::Engine;
@@ -228,6 +228,9 @@ impl Drop for Gpu {
 impl Inspect for Gpu {
     fn range(&self, ctx: Handle, range: (u64, u64), write_only: bool, most: usize) -> Option<RangeView> {
         self.device.range_view(ctx, range, write_only, most)
+    }
+    fn rings(&self, range: (u64, u64)) -> Vec<RingView> {
+        self.device.rings(range)
     }
     fn take_written(&self, ctx: Handle, range: (u64, u64)) -> Vec<Written> {
         self.device.take_written(ctx, range)

@@ -39,6 +39,8 @@ pub(crate) struct Queue {
     pub(crate) kill: AtomicU64,
     pub(crate) killed: AtomicU64,
     pub(crate) run: Mutex<Run>,
+    /// `run.setup`, for who must not wait for an engine; the last lock.
+    pub(crate) memory: Mutex<Option<Setup>>,
 }
 
 /// What the guest gave at QUEUE_CREATE.
@@ -75,6 +77,7 @@ impl Queue {
             kill: AtomicU64::new(0),
             killed: AtomicU64::new(0),
             run: Mutex::default(),
+            memory: Mutex::default(),
         }
     }
 
@@ -117,6 +120,7 @@ impl Queue {
     /// Free -> Live.
     pub(crate) fn create(&self, setup: Setup) {
         let mut run = self.run.lock();
+        *self.memory.lock() = Some(setup);
         *run = Run { setup: Some(setup), kill_seen: self.kill.load(SeqCst), ..Run::default() };
         self.killed.store(run.kill_seen, SeqCst);
         self.doorbell.store((setup.handle.generation() & 0xffff) << 16, SeqCst);
@@ -138,6 +142,7 @@ impl Queue {
         *kill_seen = self.kill.load(SeqCst);
         self.killed.store(*kill_seen, SeqCst);
         *setup = None;
+        *self.memory.lock() = None;
         *head = 0;
         *work = None;
         *parked = false;

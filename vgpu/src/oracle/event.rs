@@ -256,6 +256,17 @@ pub enum DeviceEvent {
         /// What is wrong.
         why: Unusable,
     },
+    /// The driver gives memory back that the device was given as a ring or buffer, and has still.
+    ///
+    /// The oracle finds this out itself, by asking ([`Inspect::rings`]).
+    RingFreed {
+        /// What of the device it is.
+        ring: RingView,
+        /// First address of what is given back.
+        start: u64,
+        /// Last address, inclusive.
+        last: u64,
+    },
     /// CTRL_ENABLE was cleared.
     Disabled {
         /// What all contexts together still held.
@@ -265,6 +276,43 @@ pub enum DeviceEvent {
     },
     /// The function was reset: no handle is live.
     Reset,
+}
+
+/// What a piece of the guest's memory is to the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingUse {
+    /// The command ring, or the word where CMD_DONE goes.
+    Commands,
+    /// The fault buffer, or the word where FAULT_PUT goes.
+    Faults,
+    /// A queue's ring, completions or fence.
+    Queue,
+}
+
+impl RingUse {
+    /// All of them, by number.
+    pub(super) const ALL: [Self; 3] = [Self::Commands, Self::Faults, Self::Queue];
+}
+
+/// A ring or buffer that the device reads or writes of its own accord.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingView {
+    /// What it is.
+    pub used: RingUse,
+    /// Whose queue it is, or no handle: the device's own.
+    pub ctx: Handle,
+    /// The queue, or no handle.
+    pub queue: Handle,
+}
+
+impl fmt::Display for RingView {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.used {
+            RingUse::Commands => f.write_str("the command ring"),
+            RingUse::Faults => f.write_str("the fault buffer"),
+            RingUse::Queue => write!(f, "{} of {}", self.queue, self.ctx),
+        }
+    }
 }
 
 /// What the device has for a context at one moment.
@@ -325,6 +373,10 @@ pub trait Inspect: Send + Sync {
     /// A context's translations that touch `[range.0, range.1]`, only such that allow writes if `write_only`, of each sort at
     /// most `most`; `None` if the handle is not live.
     fn range(&self, ctx: Handle, range: (u64, u64), write_only: bool, most: usize) -> Option<RangeView>;
+
+    /// The rings and buffers that touch `[range.0, range.1]` of the bus's addresses, and that the device may read or write without
+    /// being told anything else.
+    fn rings(&self, range: (u64, u64)) -> Vec<RingView>;
 
     /// Pages of a context in `[range.0, range.1]` that the device has written since it was asked last. Only steps that were
     /// compared ([`super::Oracle::compare`]) count. Takes no locks but those of TLBs.

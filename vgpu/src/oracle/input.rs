@@ -187,11 +187,13 @@ impl State {
                 found.extend(self.dirty_lost(mm, Handle(ctx), va, frame));
             }
             witness::MM_STRANDED => self.stranded(mm, found),
+            witness::DMA_LEFT => self.left_mapped(record.arg[0], found),
             witness::STABLE_BEGIN | witness::STABLE_END => self.stable_record(record, found),
             witness::BYE => self.bye(record.arg[0], found),
             // Which frames are device-private is for the walk of the CPU's tables to know.
             witness::RANGE_SLOTS
             | witness::MESSAGE
+            | witness::DMA_FREED
             | witness::DEVICE_PRIVATE_ADDED
             | witness::DEVICE_PRIVATE_REMOVED => {}
             // Gates are for whoever conducts the scenario; here they have their place in the order of events.

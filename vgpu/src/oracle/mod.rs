@@ -41,7 +41,7 @@ mod release_test;
 mod stable_test;
 
 pub use check::{Checked, check};
-pub use event::{ContextView, DeviceEvent, Inspect, Leak, RangeView, Unusable, Written};
+pub use event::{ContextView, DeviceEvent, Inspect, Leak, RangeView, RingUse, RingView, Unusable, Written};
 pub use mirror::Compare;
 pub use rule::Rule;
 #[cfg(any(test, feature = "testing"))]
@@ -380,6 +380,7 @@ impl Oracle {
             witness::HEARTBEAT => self.heartbeat(record, &input),
             witness::ASSOCIATE => self.associate(record),
             witness::PAGE_CLEAN => self.page_clean(record, &input),
+            witness::DMA_FREED => self.freed(record, &input),
             // What is in it is no business of the oracle's.
             witness::MESSAGE => {}
             kind => match Moment::of(kind) {
@@ -486,6 +487,22 @@ impl Oracle {
         self.only_clean(record.mm, &mut still);
         if !still.is_empty() {
             self.judge(input);
+        }
+    }
+
+    /// Memory of the device's is given back. Only what the device has still is worth a place in the trace.
+    fn freed(&self, record: &Record, input: &Input) {
+        let [start, bytes, ..] = record.arg;
+        let (Some(last), Some(device)) =
+            (bytes.checked_sub(1).and_then(|more| start.checked_add(more)), self.device())
+        else {
+            return;
+        };
+        for (at, ring) in device.rings((start, last)).into_iter().enumerate() {
+            if at == 0 {
+                self.judge(input);
+            }
+            self.event(DeviceEvent::RingFreed { ring, start, last });
         }
     }
 

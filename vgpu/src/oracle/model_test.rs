@@ -340,6 +340,11 @@ pub(super) fn any_event() -> impl Strategy<Value = DeviceEvent> {
             DeviceEvent::FaultRaised { fault, ctx, va, access: 7, again }
         }),
         (handle(), handle(), va()).prop_map(|(fault, ctx, va)| DeviceEvent::FaultReplayed { fault, ctx, va }),
+        (handle(), handle(), va(), va()).prop_map(|(ctx, queue, start, last)| DeviceEvent::RingFreed {
+            ring: RingView { used: RingUse::Queue, ctx, queue },
+            start,
+            last
+        }),
         any::<u32>().prop_map(|contexts_live| DeviceEvent::Disabled { leak: Leak::default(), contexts_live }),
         Just(DeviceEvent::Reset),
     ]
@@ -351,7 +356,7 @@ pub(super) fn any_record() -> impl Strategy<Value = Record> {
         any::<u64>(),
         Just(u64::MAX)
     ];
-    (0..13u32, prop_oneof![0..6u64, any::<u64>()], handle, any::<u64>()).prop_map(|(kind, mm, a, b)| Record {
+    (0..18u32, prop_oneof![0..6u64, any::<u64>()], handle, any::<u64>()).prop_map(|(kind, mm, a, b)| Record {
         kind,
         mm,
         arg: [a, b, 0, 0],

@@ -66,6 +66,24 @@ impl State {
         }
     }
 
+    /// The driver has let go of the device.
+    pub(super) fn left_mapped(&self, left: u64, found: &mut Vec<Finding>) {
+        if self.probes_missed > 0 {
+            return;
+        }
+        let summary = format!(
+            "the driver has let go of the device, and {left} times more has mapped memory for it than unmapped (dma_map_page without dma_unmap_page)"
+        );
+        found.push(Finding {
+            rule: Rule::UnregisterLeak,
+            ctx: None,
+            mm: None,
+            va: None,
+            frame: None,
+            summary,
+        });
+    }
+
     /// The witness is about to be unloaded and finds an address space that no task uses and that was never released.
     pub(super) fn stranded(&mut self, id: u64, found: &mut Vec<Finding>) {
         match self.mms.get(&id) {

@@ -18,6 +18,8 @@ pub(super) struct Fake(
     pub(super) Mutex<BTreeMap<u64, ContextView>>,
     pub(super) Mutex<BTreeMap<u64, RangeView>>,
     pub(super) Mutex<Vec<Written>>,
+    /// Rings by one address of theirs.
+    pub(super) Mutex<Vec<(u64, RingView)>>,
 );
 
 impl Inspect for Fake {
@@ -26,6 +28,10 @@ impl Inspect for Fake {
     }
     fn range(&self, ctx: Handle, _: (u64, u64), _: bool, _: usize) -> Option<RangeView> {
         self.1.lock().get(&ctx.0).cloned()
+    }
+    fn rings(&self, (start, last): (u64, u64)) -> Vec<RingView> {
+        let touching = self.3.lock().clone().into_iter().filter(|(at, _)| (start..=last).contains(at));
+        touching.map(|(_, ring)| ring).collect()
     }
     fn take_written(&self, _: Handle, _: (u64, u64)) -> Vec<Written> {
         std::mem::take(&mut self.2.lock())

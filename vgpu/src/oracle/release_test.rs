@@ -66,6 +66,9 @@ impl Inspect for Racer {
     fn range(&self, _: Handle, _: (u64, u64), _: bool, _: usize) -> Option<RangeView> {
         None
     }
+    fn rings(&self, _: (u64, u64)) -> Vec<RingView> {
+        Vec::new()
+    }
     fn take_written(&self, _: Handle, _: (u64, u64)) -> Vec<Written> {
         Vec::new()
     }

@@ -56,6 +56,8 @@ rules! {
     ContextEndedEarly = "context/ended-early";
     /// Rings and buffers that the device is given can be used, and no index runs ahead of what they hold.
     RingUnusable = "ring/unusable";
+    /// Memory of rings and buffers is given back when the device has let go of it.
+    RingFreed = "ring/freed";
     /// When an UNMAP or CLEAR start has returned 0, no valid leaf is left in its range; after a PROTECTION_PAGE one, none that may write.
     InvalidateStalePte = "invalidate/stale-pte";
     /// Nor is a TLB entry.

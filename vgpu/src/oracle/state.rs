@@ -321,6 +321,19 @@ impl State {
                     summary: format!("{whose} has stopped: {why}"),
                 });
             }
+            E::RingFreed { ring, start, last } => {
+                let ctx = Some(ring.ctx).filter(|&ctx| ctx != Handle::NONE);
+                found.push(Finding {
+                    rule: Rule::RingFreed,
+                    ctx,
+                    mm: ctx.and_then(|ctx| self.mm_of(ctx)),
+                    va: None,
+                    frame: Some(start),
+                    summary: format!(
+                        "memory {start:#x} to {last:#x} is given back, and the device has it still: of {ring}"
+                    ),
+                });
+            }
             E::LeafSet { ctx, va: Some(va), pte } => self.leaf_set(ctx, va, pte, watched, found),
             E::FaultRaised { fault, ctx, va, again, .. } => {
                 self.faulted_again(fault, (ctx, va), again, found);

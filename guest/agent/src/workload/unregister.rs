@@ -23,11 +23,11 @@ use crate::rng::Rng;
 /// Rounds in the default suite.
 pub(super) const ROUNDS: u64 = 5;
 /// Contexts that go while somebody waits, one after the other: the interrupt for the job that goes with each may come before or after.
-const WAITERS: usize = 3;
+const WAITERS: usize = 24;
 /// Contexts that go as soon as they have faulted, one after the other.
 const PREDECESSORS: usize = 40;
 /// Contexts that go while somebody migrates, one after the other.
-const MIGRATING: usize = 3;
+const MIGRATING: usize = 12;
 /// Contexts that no device of ours has.
 const MOST_CONTEXTS: usize = 256;
 /// Binds of the rebind loop.

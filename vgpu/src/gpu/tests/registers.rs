@@ -9,6 +9,7 @@ use vgpu_spec::job::OP_NOP;
 use vgpu_spec::job::*;
 use vgpu_spec::pte::{VALID, WRITE};
 use vgpu_spec::regs::gpu as regs;
+use vgpu_spec::witness::{self, Record};
 
 use super::rig;
 use crate::function::{Backing, Function as _};
@@ -257,4 +258,76 @@ fn shapes_out_of_range_are_refused() {
     let cold = Rig::cold(good, 1 << 20);
     cold.gpu.shutdown();
     cold.gpu.shutdown();
+}
+
+impl Rig {
+    /// The driver gives memory back. Whose the device says that it is.
+    fn free(&self, start: u64, bytes: u64) -> Vec<String> {
+        let arg = [start, bytes, 0, 0];
+        self.oracle.witness(&Record { kind: witness::DMA_FREED, arg, ..Record::default() });
+        let Some(last) = bytes.checked_sub(1).map(|more| start.saturating_add(more)) else {
+            return Vec::new();
+        };
+        self.gpu.rings((start, last)).iter().map(ToString::to_string).collect()
+    }
+    fn ring_freed(&self) -> usize {
+        self.oracle.violations().iter().filter(|violation| violation.rule == Rule::RingFreed).count()
+    }
+}
+
+#[test]
+fn memory_that_the_device_has_is_not_given_back() {
+    let rig = rig();
+    rig.start();
+    let mut space = rig.bind();
+    let other = rig.alloc(0x1000);
+    let mut queue = space.queue(2);
+    // What touches nothing of the device's, and what is no range.
+    for (start, bytes) in [(other, 0x1000), (queue.ring - 8, 8), (queue.fence, 0), (u64::MAX - 7, 64), (0, 0)]
+    {
+        assert!(rig.free(start, bytes).is_empty(), "{start:#x} {bytes}");
+    }
+    assert_eq!(rig.ring_freed(), 0);
+    let of = format!("{} of {}", queue.handle, space.ctx);
+    for (start, bytes) in [
+        (queue.ring, 1),
+        (queue.ring + 64 * 4 - 1, 1),
+        (queue.ring - 4, 5),
+        (queue.completions + 32 * 4 - 1, 1),
+        (queue.fence + 7, 1),
+        (queue.fence - 8, 0x1000),
+    ] {
+        assert_eq!(rig.free(start, bytes)[0], of, "{start:#x} {bytes}");
+    }
+    let found = rig.oracle.violations();
+    assert_eq!((found.len(), found[0].rule, found[0].context), (1, Rule::RingFreed, Some(space.ctx.0)));
+    assert_eq!(found[0].count, 6);
+    // Its jobs have ended by the end of RELEASE, and there are no more.
+    let leaf = rig.alloc(0x1000) | VALID | WRITE;
+    space.map(VA, leaf);
+    queue.submit(
+        &rig,
+        Job { op: OP_RANDOM, dst: VA, len: 1 << 40, operand: [1, 0x1000, 0], ..Job::default() },
+    );
+    rig.ok(OP_CTX_RELEASE, space.ctx, [0; 5]);
+    assert!(rig.free(queue.ring, 64).is_empty());
+    // And of a living one by that of QUEUE_DESTROY.
+    let mut living = rig.bind();
+    let queue = living.queue(2);
+    rig.ok(OP_QUEUE_DESTROY, living.ctx, [queue.handle.0, 0, 0, 0, 0]);
+    assert!(rig.free(queue.ring, 64).is_empty());
+}
+
+#[test]
+fn the_devices_own_rings_are_not_given_back_while_it_is_on() {
+    let rig = rig();
+    rig.start();
+    assert_eq!(rig.free(rig.commands, 0x1000), ["the command ring"]);
+    assert_eq!(rig.free(rig.done + 3, 4), ["the command ring"]);
+    assert_eq!(rig.free(rig.faults, 1), ["the fault buffer"]);
+    assert_eq!(rig.ring_freed(), 1);
+    rig.write(regs::FAULT_SIZE, 0);
+    assert!(rig.free(rig.faults, 1).is_empty());
+    rig.write(regs::CTRL, 0);
+    assert!(rig.free(rig.commands, 0x1000).is_empty());
 }

@@ -9,7 +9,7 @@ use vgpu_spec::handle::{Handle, Kind};
 use vgpu_spec::witness::{self, Record};
 
 use super::super::doubt::{Cause, Doubt, Outcome};
-use super::super::event::{ContextView, DeviceEvent, Leak, RangeView, Unusable};
+use super::super::event::{ContextView, DeviceEvent, Leak, RangeView, RingUse, RingView, Unusable};
 use super::super::input::Input;
 use super::super::mirror::{Mismatch, Verdict};
 use super::super::moments::Moment;
@@ -48,6 +48,7 @@ const RESET: u8 = 17;
 const DATA_RETURNED: u8 = 18;
 const DATA_GRANTED: u8 = 19;
 const UNUSABLE: u8 = 20;
+const RING_FREED: u8 = 21;
 const WITNESS: u8 = 24;
 const ASSOCIATE: u8 = 25;
 const BAD_RECORD: u8 = 26;
@@ -283,6 +284,12 @@ fn device(out: &mut Writer<'_>, event: &DeviceEvent, flags: u8) {
             out.handle(Kind::Queue, queue);
             out.byte(why as u8);
         }
+        E::RingFreed { ring: RingView { used, ctx, queue }, start, last } => {
+            about(RING_FREED, ctx, &[start]);
+            out.number(last.wrapping_sub(start));
+            out.handle(Kind::Queue, queue);
+            out.byte(used as u8);
+        }
         E::Disabled { leak, contexts_live } => {
             out.byte(DISABLED | flags);
             out.number(contexts_live.into());
@@ -435,7 +442,7 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Input> {
     let tag = from.byte()?;
     let (told, attended) = (tag & TOLD != 0, tag & ATTENDED != 0);
     let input = match tag & 0x3f {
-        tag @ BOUND..=UNUSABLE => Input::Device { event: from.event(tag)?, told, attended },
+        tag @ BOUND..=RING_FREED => Input::Device { event: from.event(tag)?, told, attended },
         WITNESS => Input::Witness(from.record()?),
         ASSOCIATE => Input::Associate { record: from.record()?, live: told },
         BAD_RECORD => Input::BadRecord,
@@ -717,6 +724,13 @@ impl Reader<'_> {
                 queue: self.handle(Kind::Queue)?,
                 why: *Unusable::ALL.get(usize::from(self.byte()?))?,
             },
+            RING_FREED => {
+                let start = self.address()?;
+                let last = start.wrapping_add(self.number()?);
+                let queue = self.handle(Kind::Queue)?;
+                let used = *RingUse::ALL.get(usize::from(self.byte()?))?;
+                E::RingFreed { ring: RingView { used, ctx, queue }, start, last }
+            }
             DISABLED => E::Disabled { contexts_live: self.small()?, leak: self.leak()? },
             RESET => E::Reset,
             _ => return None,

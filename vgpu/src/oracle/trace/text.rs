@@ -87,7 +87,8 @@ fn device_concerns(event: &DeviceEvent, ctx: Option<Handle>, va: Option<u64>) ->
             (ctx, va.is_none())
         }
         E::Unusable { ctx, .. } if ctx != Handle::NONE => (ctx, true),
-        E::Unusable { .. } | E::Disabled { .. } | E::Reset => return true,
+        E::RingFreed { ring, .. } if ring.ctx != Handle::NONE => (ring.ctx, true),
+        E::Unusable { .. } | E::RingFreed { .. } | E::Disabled { .. } | E::Reset => return true,
     };
     ctx.is_none_or(|ctx| ctx == of) && place
 }
@@ -301,6 +302,7 @@ fn device(out: &mut String, event: &DeviceEvent) -> fmt::Result {
         }
         E::Unusable { ctx, queue, why } if ctx != Handle::NONE => write!(out, "{ctx} {queue} stopped: {why}"),
         E::Unusable { why, .. } => write!(out, "stopped: {why}"),
+        E::RingFreed { ring, start, last } => write!(out, "memory {start:#x}-{last:#x} of {ring} is freed"),
         E::Disabled { leak, contexts_live } => {
             write!(out, "disabled with {contexts_live} contexts live, left behind: {leak}")
         }
@@ -362,6 +364,8 @@ fn witness(out: &mut String, record: &witness::Record) -> fmt::Result {
         witness::DEVICE_PRIVATE_REMOVED => {
             write!(out, "frames {arg:#x} to {:#x} are no device-private memory any more", record.arg[1])
         }
+        witness::DMA_FREED => write!(out, "frees memory of the device's, {arg:#x}, {} bytes", record.arg[1]),
+        witness::DMA_LEFT => write!(out, "the driver leaves {arg} pieces of memory mapped for the device"),
         other => write!(out, "record {other}"),
     }?;
     write!(out, " (task {}/{}, cpu {})", record.tgid, record.pid, record.cpu)

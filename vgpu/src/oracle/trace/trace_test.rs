@@ -180,6 +180,24 @@ fn every_input_is_read_back() {
             attended: false,
         },
         Input::Device {
+            event: DeviceEvent::RingFreed {
+                ring: RingView { used: RingUse::Queue, ctx: a, queue: Handle::new(Kind::Queue, 1, 2) },
+                start: 0x1_2340_5000,
+                last: 0x1_2340_5fff,
+            },
+            told: true,
+            attended: false,
+        },
+        Input::Device {
+            event: DeviceEvent::RingFreed {
+                ring: RingView { used: RingUse::Commands, ctx: Handle::NONE, queue: Handle::NONE },
+                start: 1,
+                last: 1,
+            },
+            told: true,
+            attended: false,
+        },
+        Input::Device {
             event: DeviceEvent::Unusable {
                 ctx: Handle::NONE,
                 queue: Handle::NONE,
