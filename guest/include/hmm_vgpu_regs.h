@@ -210,7 +210,7 @@
 #define VGPU_JOB_KILLED 0x3
 /* Completion: the job was not well formed. */
 #define VGPU_JOB_BAD 0x4
-/* Completion: a translation led outside guest memory and VRAM. */
+/* Completion: a translation led outside guest memory and VRAM, or the engine has failed. What was to be written may be written in part or not at all. */
 #define VGPU_JOB_BUS_ERROR 0x5
 
 /* Page-table entries */

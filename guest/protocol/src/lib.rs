@@ -405,6 +405,12 @@ pub enum Wish {
     Unplug,
     /// That it is put back in.
     Plug,
+    /// That the next jobs by which something would be written to the device's own memory fail and write nothing; 0: none any more. It is
+    /// so when the message has been sent.
+    FailCopies {
+        /// How many.
+        count: u32,
+    },
 }
 
 /// How a case or workload ended.

@@ -86,7 +86,7 @@ crate::constants! {
     JOB_KILLED: u32 = 3;
     /// Completion: the job was not well formed.
     JOB_BAD: u32 = 4;
-    /// Completion: a translation led outside guest memory and VRAM.
+    /// Completion: a translation led outside guest memory and VRAM, or the engine has failed. What was to be written may be written in part or not at all.
     JOB_BUS_ERROR: u32 = 5;
 }
 

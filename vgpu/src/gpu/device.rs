@@ -2,7 +2,7 @@
 //! The device's state, shared by its threads and the register handlers.
 
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock};
 use std::thread::Thread;
 
@@ -98,6 +98,8 @@ pub(crate) struct Device {
     pub(crate) owed: AtomicBool,
     /// Some engine holds the interrupt for a fault back, and owes it.
     pub(crate) holding_back: AtomicBool,
+    /// So many jobs yet that would write to VRAM fail instead.
+    pub(crate) copies_fail: AtomicU32,
     pub(crate) stop: AtomicBool,
 }
 
@@ -151,6 +153,7 @@ impl Device {
             draining: AtomicBool::new(false),
             owed: AtomicBool::new(false),
             holding_back: AtomicBool::new(false),
+            copies_fail: AtomicU32::new(0),
             stop: AtomicBool::new(false),
         }
     }
@@ -301,6 +304,7 @@ impl Device {
             draining,
             owed,
             holding_back,
+            copies_fail,
             stop: _,
         } = self;
         *core = Core::default();
@@ -308,6 +312,7 @@ impl Device {
         draining.store(false, SeqCst);
         owed.store(false, SeqCst);
         holding_back.store(false, SeqCst);
+        copies_fail.store(0, SeqCst);
         registers.reset();
         faults.reset();
         for queue in queues {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use vgpu_spec::fault::{ACCESS_ATOMIC, ACCESS_WRITE, FaultEntry, REASON_MALFORMED, REASON_RIGHTS};
 use vgpu_spec::handle::Handle;
-use vgpu_spec::job::{JOB_BAD, JOB_FAULT, JOB_OK, Job};
+use vgpu_spec::job::{JOB_BAD, JOB_BUS_ERROR, JOB_FAULT, JOB_OK, Job, OP_COPY, OP_FILL};
 use vgpu_spec::pte::{self, PAGE_SHIFT, leaf_shift};
 use vgpu_spec::regs::gpu::VECTOR_COMPLETION;
 
@@ -156,6 +156,10 @@ impl<'d> Engine<'d> {
                     device.stop_queue(run, Unusable::QueueMemory);
                     return false;
                 };
+                if device.copies_fail.load(SeqCst) != 0 && self.fails(context, setup.ctx, &job) {
+                    self.finish(queue, run, job, End { status: JOB_BUS_ERROR, result: 0, address: job.dst });
+                    continue;
+                }
                 run.work = Work::new(job);
                 if run.work.is_none() {
                     self.finish(queue, run, job, End { status: JOB_BAD, result: 0, address: 0 });
@@ -178,6 +182,17 @@ impl<'d> Engine<'d> {
             }
         }
         true
+    }
+
+    /// Whether a job is one of those that are to fail: it would write to VRAM.
+    #[cold]
+    fn fails(&self, context: &Context, ctx: Handle, job: &Job) -> bool {
+        let device = self.device;
+        let writes = matches!(job.op, OP_COPY | OP_FILL);
+        let leaf = device.tables.walk(ctx, context.root.load(SeqCst), job.dst);
+        writes
+            && leaf.is_ok_and(|raw| raw & pte::VRAM != 0)
+            && device.copies_fail.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_ok()
     }
 
     fn end(&mut self, queue: &Queue, run: &mut Run, status: u32) {

@@ -206,6 +206,12 @@ impl Gpu {
         }
     }
 
+    /// Has the next `count` jobs that copy or fill, and whose first address is in VRAM, end with JOB_BUS_ERROR having written nothing: an
+    /// engine that has failed. 0 ends that, and so does a reset.
+    pub fn fail_copies(&self, count: u32) {
+        self.device.copies_fail.store(count, SeqCst);
+    }
+
     /// What the device has counted.
     #[must_use]
     pub fn counters(&self) -> GpuCounters {

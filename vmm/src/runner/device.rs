@@ -2,7 +2,7 @@
 //! The device side of a run: GPU, witness and oracle, and how a machine gets them.
 
 use std::fs::File;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -97,6 +97,12 @@ impl Device {
         self.witness.conduct(engine.clone());
         // The first one stays.
         let _ = self.engine.set(engine);
+    }
+
+    /// The GPU, for as long as this is there.
+    #[must_use]
+    pub fn gpu(&self) -> Weak<Gpu> {
+        Arc::downgrade(&self.gpu)
     }
 
     /// What a machine is given.

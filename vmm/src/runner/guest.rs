@@ -3,10 +3,11 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
-use guest_protocol::{Case, Message};
+use guest_protocol::{Case, Message, Wish};
 use parking_lot::Mutex;
+use vgpu::gpu::Gpu;
 use vgpu::oracle::{Oracle, Rule, Violation};
 use vgpu::witness::GuestSink;
 use vgpu_spec::witness::Record;
@@ -27,6 +28,7 @@ pub struct GuestLine {
     missed: AtomicU64,
     pace: Pace,
     engine: OnceLock<Arc<Engine>>,
+    gpu: OnceLock<Weak<Gpu>>,
 }
 
 impl GuestLine {
@@ -41,12 +43,18 @@ impl GuestLine {
             missed: AtomicU64::new(0),
             pace: Pace::default(),
             engine: OnceLock::new(),
+            gpu: OnceLock::new(),
         })
     }
     /// Who follows the scenario, to be told what is found while the guest stands still.
     pub fn follows(&self, engine: Arc<Engine>) {
         // The first one stays.
         let _ = self.engine.set(engine);
+    }
+    /// Whom wishes are for that the guest waits for.
+    pub fn serves(&self, gpu: Weak<Gpu>) {
+        // The first one stays.
+        let _ = self.gpu.set(gpu);
     }
     fn found(&self, what: &str) {
         if let Some(engine) = self.engine.get() {
@@ -83,6 +91,11 @@ impl GuestSink for GuestLine {
                 match &message {
                     Message::WorkloadStart { workload, .. } => *self.workload.lock() = Some(workload.clone()),
                     Message::WorkloadEnd { .. } => *self.workload.lock() = None,
+                    &Message::Ask { wish: Wish::FailCopies { count } } => {
+                        if let Some(gpu) = self.gpu.get().and_then(Weak::upgrade) {
+                            gpu.fail_copies(count);
+                        }
+                    }
                     Message::Case(Case { mismatch: Some(_), .. }) => self.found(Rule::DataMismatch.name()),
                     _ => {}
                 }

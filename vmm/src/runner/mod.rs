@@ -302,6 +302,7 @@ fn follow(
             allowed(&replay, &kernel, violation, workload).map(|(_, entry)| entry.reason.clone());
     });
     let device = Device::new(Arc::clone(&oracle), size, line.clone())?;
+    line.serves(device.gpu());
     if let Some(engine) = &engine {
         device.conduct(Arc::clone(engine));
         line.follows(Arc::clone(engine));

@@ -7,6 +7,7 @@
 mod crowd;
 mod ends;
 mod exclusive;
+mod failing;
 mod placed;
 
 use nix::errno::Errno;
@@ -34,6 +35,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     ends::round(round);
     crowd::round(round);
     exclusive::round(round);
+    failing::round(round);
 }
 
 /// Migrates a part of a mapping; how many pages have gone.

@@ -215,3 +215,37 @@ fn jobs_of_a_queue_stay_in_order_and_rings_wrap() {
         }
     }
 }
+
+#[test]
+fn copies_to_vram_fail_when_they_are_to() {
+    let rig = rig();
+    let mut space = rig.bind();
+    let (system, other, page) = (rig.alloc(0x1000), rig.alloc(0x1000), 3_u64);
+    let handle = rig.ok(OP_GRANT, space.ctx, [PAGE_DATA.into(), page, 0, 0, 0]);
+    assert_ne!(handle, 0);
+    space.map(0x1000, system | VALID | WRITE);
+    space.map(0x2000, other | VALID | WRITE);
+    space.map(0x3000, page << 12 | VALID | WRITE | VRAM);
+    let mut queue = space.queue(3);
+    let mut run = |op, dst, src| {
+        let job = Job { op, dst, src, len: 0x1000, operand: [7, 0, 0], ..Job::default() };
+        queue.run(&rig, job).status
+    };
+    assert_eq!(run(OP_FILL, 0x3000, 0), JOB_OK);
+    rig.gpu.fail_copies(2);
+    // What does not write to VRAM is none of them.
+    assert_eq!(run(OP_COPY, 0x1000, 0x2000), JOB_OK);
+    assert_eq!(run(OP_COPY, 0x1000, 0x3000), JOB_OK);
+    assert_eq!(rig.get(system), 7);
+    rig.put(other, 9);
+    assert_eq!(run(OP_COPY, 0x3000, 0x2000), JOB_BUS_ERROR);
+    assert_eq!(run(OP_FILL, 0x3000, 0), JOB_BUS_ERROR);
+    assert_eq!(run(OP_COPY, 0x1000, 0x3000), JOB_OK);
+    assert_eq!(rig.get(system), 7, "nothing was written");
+    assert_eq!(run(OP_COPY, 0x3000, 0x2000), JOB_OK);
+    assert_eq!(run(OP_COPY, 0x1000, 0x3000), JOB_OK);
+    assert_eq!(rig.get(system), 9);
+    rig.gpu.fail_copies(5);
+    rig.gpu.fail_copies(0);
+    assert_eq!(run(OP_COPY, 0x3000, 0x2000), JOB_OK);
+}
