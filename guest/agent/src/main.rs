@@ -59,6 +59,7 @@ fn follow(host: &mut Host) -> Checked {
     let plan: Plan =
         serde_json::from_slice(&text).map_err(|error| Failure::wrong(format!("{PLAN_PATH}: {error}")))?;
     boot::set_sysctls();
+    boot::patch_early();
     let taint = boot::taint();
     let witness = Path::new(WITNESS_MODULE).exists();
     if witness {

@@ -64,6 +64,11 @@ pub(crate) struct Ground<'a> {
 /// Makes [`Ground::program`] end at once.
 pub(crate) const EXIT_ARGUMENT: &str = "--exit-at-once";
 
+/// Makes a group of processes and removes it: the kernel does something once, with the first one.
+pub(crate) fn first_group() -> Checked {
+    boundary::Narrow::new(1 << 30).map(drop)
+}
+
 /// A workload as code.
 struct Workload {
     name: &'static str,
