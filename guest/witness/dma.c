@@ -28,6 +28,8 @@ static bool started;
 static atomic64_t mapped;
 /* Devices whose driver has come since the witness looks. */
 static atomic_t bound;
+/* Somebody has asked whether what is mapped need be unmapped. */
+static bool may_skip;
 static u64 missed_before;
 
 static bool is_tested(const struct device *dev)
@@ -55,6 +57,18 @@ static bool free_entry(struct witness_call *call, unsigned long dev,
 	return false;
 }
 
+/*
+ * dma_need_unmap(dev) (Linux 6.16): whoever asks need not unmap if the answer is
+ * no, as it is without an IOMMU. hmm_dma_unmap_pfn() does so.
+ */
+static bool __maybe_unused need_entry(struct witness_call *call, unsigned long dev,
+		       unsigned long unused)
+{
+	if (counts((const struct device *)dev))
+		WRITE_ONCE(may_skip, true);
+	return false;
+}
+
 static void no_exit(struct witness_call *call, unsigned long result)
 {
 }
@@ -67,6 +81,9 @@ static void no_exit(struct witness_call *call, unsigned long result)
  */
 static struct witness_probe probes[] = {
 	{ "dma_free_attrs", free_entry, no_exit },
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 16, 0)
+	{ "dma_need_unmap", need_entry, no_exit },
+#endif
 };
 
 static void trace_map(void *data, struct device *dev, phys_addr_t phys,
@@ -191,15 +208,17 @@ static int device_changes(struct notifier_block *nb, unsigned long event,
 		return NOTIFY_DONE;
 	switch (event) {
 	case BUS_NOTIFY_BIND_DRIVER:
-		if (atomic_inc_return(&bound) == 1)
-			atomic64_set(&mapped, 0);
+		if (atomic_inc_return(&bound) != 1)
+			break;
+		atomic64_set(&mapped, 0);
+		WRITE_ONCE(may_skip, false);
 		break;
 	case BUS_NOTIFY_DRIVER_NOT_BOUND:
 	case BUS_NOTIFY_UNBOUND_DRIVER:
 		if (atomic_dec_if_positive(&bound))
 			break;
 		left = atomic64_read(&mapped);
-		if (left > 0 && !dma_missed())
+		if (left > 0 && !READ_ONCE(may_skip) && !dma_missed())
 			witness_report(WITNESS_REC_DMA_LEFT, 0, left, 0, 0, 0);
 		break;
 	}
