@@ -52,6 +52,12 @@ impl Failure {
         Self::Mismatch(mismatch, detail)
     }
 
+    /// The context has gone, and somebody still holds pages that it had.
+    pub(crate) fn held(context: u64, address: u64, detail: String) -> Self {
+        let mismatch = Mismatch { context, address, expected: 0, found: 0, reader: Reader::Held };
+        Self::Mismatch(mismatch, detail)
+    }
+
     /// The same failure, with the step in which it happened.
     pub(crate) fn at(self, step: &str) -> Self {
         let join =
@@ -77,7 +83,7 @@ impl fmt::Display for Failure {
                 if detail.is_empty() { "" } else { ": " },
                 match m.reader {
                     Reader::Cpu => "CPU",
-                    Reader::Device | Reader::Refused | Reader::Ended => "device",
+                    Reader::Device | Reader::Refused | Reader::Ended | Reader::Held => "device",
                 },
                 m.found,
                 m.address,

@@ -476,4 +476,6 @@ pub enum Reader {
     Refused,
     /// Nobody: the context, or what it is to know of its newest jobs, has gone before its owner let it go. There is no address.
     Ended,
+    /// Nobody: the context has gone, and somebody still holds pages that it had.
+    Held,
 }

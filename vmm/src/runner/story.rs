@@ -196,16 +196,22 @@ fn mismatch(case: &Case) -> Option<Violation> {
     let found = case.mismatch?;
     let reader = match found.reader {
         Reader::Cpu => "the CPU",
-        Reader::Device | Reader::Refused | Reader::Ended => "the device",
+        Reader::Device | Reader::Refused | Reader::Ended | Reader::Held => "the device",
     };
     let rule = match found.reader {
         Reader::Cpu | Reader::Device => Rule::DataMismatch,
         Reader::Refused => Rule::FaultSpuriousFatal,
         Reader::Ended => Rule::ContextEndedEarly,
+        Reader::Held => Rule::UnregisterLeak,
     };
     let mut summary = format!("{}/{} (iteration {})", case.workload, case.case, case.iteration);
     if found.reader == Reader::Ended {
         summary.push_str(": gone before its owner has let it go");
+    } else if found.reader == Reader::Held {
+        summary.push_str(&format!(
+            ": the context has gone, and pages from {:#x} on are held still",
+            found.address
+        ));
     } else if found.reader == Reader::Refused {
         summary.push_str(&format!(": an access of the device to {:#x} failed for good", found.address));
     } else if found.expected == found.found {
@@ -376,10 +382,14 @@ mod tests {
         let violation = story.message(&Message::Case(case(Outcome::Fail, Some(ended)))).unwrap();
         assert_eq!((violation.rule, violation.address), (Rule::ContextEndedEarly, None));
         assert!(violation.summary.contains("gone before its owner has let it go (because)"));
+        let held = Mismatch { reader: Reader::Held, expected: 0, found: 0, ..mismatch };
+        let violation = story.message(&Message::Case(case(Outcome::Fail, Some(held)))).unwrap();
+        assert_eq!((violation.rule, violation.address), (Rule::UnregisterLeak, Some(0x1000)));
+        assert!(violation.summary.contains("pages from 0x1000 on are held still (because)"));
         let result = &story.results("why")[0];
         assert_eq!(
             (result.failed, result.detail.as_deref()),
-            (4, Some("why; before, anonymous/fill: because"))
+            (5, Some("why; before, anonymous/fill: because"))
         );
     }
 

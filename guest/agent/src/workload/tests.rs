@@ -74,7 +74,7 @@ fn passes(name: &'static str) {
                 || case.case.starts_with("hugetlb/")
                 || matches!(&*case.workload, "removal" | "migrate" | "races" | "unplug")
                 || case.case.starts_with("kill/")
-                || matches!(&*case.case, "unbind/migrating" | "no-context-left")
+                || matches!(&*case.case, "unbind/migrating" | "no-context-left" | "held")
                 || guest_protocol::of_group(guest_protocol::BOUNDARY).any(|name| name == case.workload);
             assert!(case.outcome == Outcome::Pass || may_skip && case.outcome == Outcome::Skip, "{case:?}");
         }

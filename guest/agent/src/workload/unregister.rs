@@ -3,6 +3,8 @@
 //!
 //! Afterwards the process's memory must be as before and every other context of it must still work.
 
+mod held;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -23,11 +25,11 @@ use crate::rng::Rng;
 /// Rounds in the default suite.
 pub(super) const ROUNDS: u64 = 5;
 /// Contexts that go while somebody waits, one after the other: the interrupt for the job that goes with each may come before or after.
-const WAITERS: usize = 24;
+const WAITERS: usize = 8;
 /// Contexts that go as soon as they have faulted, one after the other.
 const PREDECESSORS: usize = 40;
 /// Contexts that go while somebody migrates, one after the other.
-const MIGRATING: usize = 12;
+const MIGRATING: usize = 5;
 /// Contexts that no device of ours has.
 const MOST_CONTEXTS: usize = 256;
 /// Binds of the rebind loop.
@@ -68,6 +70,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     }
     // What is certain need not be done again, and it takes all that others may want.
     if round.iteration == 0 {
+        round.case("held", |rng| held::held(device, rng));
         round.case("no-context-left", |rng| no_context_left(device, rng));
     }
 }

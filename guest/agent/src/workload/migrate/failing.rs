@@ -14,7 +14,7 @@ use crate::report::Sink;
 use crate::rng::Rng;
 
 /// Migrations of which some copies fail.
-const TRIES: usize = 6;
+const TRIES: usize = 3;
 /// Copies that fail in one of them at most.
 const FAILURES: u64 = 3;
 
