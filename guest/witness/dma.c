@@ -57,23 +57,25 @@ static bool free_entry(struct witness_call *call, unsigned long dev,
 	return false;
 }
 
+static void no_exit(struct witness_call *call, unsigned long result)
+{
+}
+
+#if defined(CONFIG_TRACEPOINTS) && LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0)
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 16, 0)
 /*
  * dma_need_unmap(dev) (Linux 6.16): whoever asks need not unmap if the answer is
  * no, as it is without an IOMMU. hmm_dma_unmap_pfn() does so.
  */
-static bool __maybe_unused need_entry(struct witness_call *call, unsigned long dev,
+static bool need_entry(struct witness_call *call, unsigned long dev,
 		       unsigned long unused)
 {
 	if (counts((const struct device *)dev))
 		WRITE_ONCE(may_skip, true);
 	return false;
 }
+#endif
 
-static void no_exit(struct witness_call *call, unsigned long result)
-{
-}
-
-#if defined(CONFIG_TRACEPOINTS) && LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0)
 /*
  * Tracepoints (Linux 6.12): cheap, and none is missed. Whatever maps pages by
  * way of the DMA API comes by there, hmm_dma_map_pfn() included. They were

@@ -3,6 +3,7 @@
 //!
 //! Handlers store values and wake threads; they run under the machine's locks.
 
+use std::ops::RangeInclusive;
 use std::sync::atomic::Ordering::SeqCst;
 
 use vgpu_spec::command::COMMAND_BYTES;
@@ -22,6 +23,11 @@ use super::queue;
 use super::registers::{Written, doorbell};
 use crate::function::Effects;
 use crate::oracle::Unusable;
+
+/// Sizes that the command ring may have: log2 of its entries.
+pub(super) const COMMAND_SIZES: RangeInclusive<u32> = 4..=16;
+/// Those that the fault buffer may have.
+pub(super) const FAULT_SIZES: RangeInclusive<u32> = 2..=12;
 
 /// An access to BAR0.
 enum Place {
@@ -124,7 +130,7 @@ impl Device {
         base: u64,
         log2: u32,
         bytes: usize,
-        sizes: std::ops::RangeInclusive<u32>,
+        sizes: RangeInclusive<u32>,
         [makes_no_sense, is_no_memory]: [Unusable; 2],
     ) -> Option<Ring> {
         let why = if !sizes.contains(&log2) || base % bytes as u64 != 0 {
@@ -143,7 +149,7 @@ impl Device {
 
     fn set_up_ring(&self, log2: u32) {
         let whys = [Unusable::CommandArea, Unusable::CommandMemory];
-        let ring = self.area(self.registers.pair(CMD_BASE_LO), log2, COMMAND_BYTES, 4..=16, whys);
+        let ring = self.area(self.registers.pair(CMD_BASE_LO), log2, COMMAND_BYTES, COMMAND_SIZES, whys);
         let mut request = self.ring_request.lock();
         self.registers.set(CMD_HEAD, 0);
         self.registers.set(CMD_TAIL, 0);
@@ -154,7 +160,7 @@ impl Device {
 
     fn set_up_faults(&self, log2: u32) {
         let whys = [Unusable::FaultArea, Unusable::FaultMemory];
-        let area = self.area(self.registers.pair(FAULT_BASE_LO), log2, FAULT_BYTES, 2..=12, whys);
+        let area = self.area(self.registers.pair(FAULT_BASE_LO), log2, FAULT_BYTES, FAULT_SIZES, whys);
         self.faults.set_buffer(area.map(|area| (area.base, area.log2)), &self.registers);
         self.signal.notify();
     }

@@ -156,15 +156,15 @@ impl<'d> Engine<'d> {
                     device.stop_queue(run, Unusable::QueueMemory);
                     return false;
                 };
+                let Some(work) = Work::new(job) else {
+                    self.finish(queue, run, job, End { status: JOB_BAD, result: 0, address: 0 });
+                    continue;
+                };
                 if device.copies_fail.load(SeqCst) != 0 && self.fails(context, setup.ctx, &job) {
                     self.finish(queue, run, job, End { status: JOB_BUS_ERROR, result: 0, address: job.dst });
                     continue;
                 }
-                run.work = Work::new(job);
-                if run.work.is_none() {
-                    self.finish(queue, run, job, End { status: JOB_BAD, result: 0, address: 0 });
-                    continue;
-                }
+                run.work = Some(work);
             }
             let Some(work) = &mut run.work else { return false };
             let step = if work.is_done() { Step::End(JOB_OK) } else { self.step(context, setup.ctx, work) };
@@ -187,11 +187,12 @@ impl<'d> Engine<'d> {
     /// Whether a job is one of those that are to fail: it would write to VRAM.
     #[cold]
     fn fails(&self, context: &Context, ctx: Handle, job: &Job) -> bool {
+        if !matches!(job.op, OP_COPY | OP_FILL) {
+            return false;
+        }
         let device = self.device;
-        let writes = matches!(job.op, OP_COPY | OP_FILL);
         let leaf = device.tables.walk(ctx, context.root.load(SeqCst), job.dst);
-        writes
-            && leaf.is_ok_and(|raw| raw & pte::VRAM != 0)
+        leaf.is_ok_and(|raw| raw & pte::VRAM != 0)
             && device.copies_fail.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_ok()
     }
 

@@ -493,15 +493,15 @@ impl Oracle {
     /// Memory of the device's is given back. Only what the device has still is worth a place in the trace.
     fn freed(&self, record: &Record, input: &Input) {
         let [start, bytes, ..] = record.arg;
-        let (Some(last), Some(device)) =
-            (bytes.checked_sub(1).and_then(|more| start.checked_add(more)), self.device())
-        else {
+        let last = bytes.checked_sub(1).and_then(|more| start.checked_add(more));
+        let (Some(last), Some(device)) = (last, self.device().filter(|_| self.config.enabled)) else {
             return;
         };
-        for (at, ring) in device.rings((start, last)).into_iter().enumerate() {
-            if at == 0 {
-                self.judge(input);
-            }
+        let rings = device.rings((start, last));
+        if !rings.is_empty() {
+            self.judge(input);
+        }
+        for ring in rings {
             self.event(DeviceEvent::RingFreed { ring, start, last });
         }
     }

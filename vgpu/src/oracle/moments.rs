@@ -72,16 +72,9 @@ impl State {
             return;
         }
         let summary = format!(
-            "the driver has let go of the device, and {left} times more has mapped memory for it than unmapped (dma_map_page without dma_unmap_page)"
+            "the driver has let go of the device, for which it mapped memory {left} times more than it unmapped any (dma_map_page without dma_unmap_page)"
         );
-        found.push(Finding {
-            rule: Rule::UnregisterLeak,
-            ctx: None,
-            mm: None,
-            va: None,
-            frame: None,
-            summary,
-        });
+        found.push(self.finding_of(Rule::UnregisterLeak, None, None, summary));
     }
 
     /// The witness is about to be unloaded and finds an address space that no task uses and that was never released.

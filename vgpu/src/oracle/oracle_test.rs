@@ -297,6 +297,55 @@ fn what_is_left_behind_is_a_leak() {
 }
 
 #[test]
+fn what_is_mapped_for_the_device_when_its_driver_has_gone_is_a_leak() {
+    let left = |missed: u64| {
+        let b = bench();
+        b.oracle.witness(&Record { kind: witness::HEARTBEAT, arg: [1, missed, 0, 0], ..Record::default() });
+        b.say(witness::DMA_LEFT, 0, 14);
+        b
+    };
+    // What was missed may have been what took it back.
+    left(1).clean();
+    let b = left(0);
+    assert_eq!(b.rules(), ["unregister/leak"]);
+    let violation = &b.oracle.violations()[0];
+    assert_eq!((violation.context, violation.address), (None, None));
+    assert!(violation.summary.contains("mapped memory 14 times more"), "{}", violation.summary);
+}
+
+#[test]
+fn memory_is_given_back_that_the_device_still_has() {
+    let freed = |b: &Bench, start: u64, bytes: u64| {
+        let arg = [start, bytes, 0, 0];
+        b.oracle.witness(&Record { kind: witness::DMA_FREED, arg, ..Record::default() });
+    };
+    let b = bench();
+    let (of, queue) = (ctx(3, 1), Handle::new(Kind::Queue, 1, 1));
+    b.bind(of);
+    b.fake.3.lock().extend([
+        (0x5000, RingView { used: RingUse::Queue, ctx: of, queue }),
+        (0x9000, RingView { used: RingUse::Faults, ctx: Handle::NONE, queue: Handle::NONE }),
+    ]);
+    for (start, bytes) in [(0x4000, 0x1000), (0x5001, 0x1000), (0x5000, 0), (u64::MAX, 2)] {
+        freed(&b, start, bytes);
+        b.clean();
+    }
+    freed(&b, 0x4000, 0x1001);
+    freed(&b, 0x9000, 0x1000);
+    assert_eq!(b.rules(), ["ring/freed"; 2]);
+    let [queue, buffer] = &b.oracle.violations()[..] else { unreachable!() };
+    assert_eq!((queue.context, queue.frame), (Some(of.0), Some(0x4000)));
+    assert_eq!((buffer.context, buffer.frame), (None, Some(0x9000)));
+
+    // An oracle that is off asks nobody.
+    let b = bench_with(OracleConfig { enabled: false, ..OracleConfig::default() });
+    let ring = RingView { used: RingUse::Commands, ctx: Handle::NONE, queue: Handle::NONE };
+    b.fake.3.lock().push((0x5000, ring));
+    freed(&b, 0x5000, 0x1000);
+    b.clean();
+}
+
+#[test]
 fn turning_the_device_off_after_the_witness_left_may_be_a_shutdown() {
     let b = bench();
     b.bind(ctx(0, 1));

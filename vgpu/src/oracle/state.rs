@@ -262,7 +262,19 @@ impl State {
     }
 
     pub(super) fn finding(&self, rule: Rule, ctx: Handle, va: Option<u64>, summary: String) -> Finding {
-        Finding { rule, ctx: Some(ctx), mm: self.mm_of(ctx), va, frame: None, summary }
+        self.finding_of(rule, Some(ctx), va, summary)
+    }
+
+    /// One that may be about the whole device: without a context, or with [`Handle::NONE`].
+    pub(super) fn finding_of(
+        &self,
+        rule: Rule,
+        ctx: Option<Handle>,
+        va: Option<u64>,
+        summary: String,
+    ) -> Finding {
+        let ctx = ctx.filter(|&ctx| ctx != Handle::NONE);
+        Finding { rule, ctx, mm: ctx.and_then(|ctx| self.mm_of(ctx)), va, frame: None, summary }
     }
 
     /// Applies an event of the device.
@@ -312,27 +324,15 @@ impl State {
             E::Unusable { ctx, queue, why } => {
                 let ctx = Some(ctx).filter(|&ctx| ctx != Handle::NONE);
                 let whose = ctx.map_or_else(|| "the device".to_owned(), |ctx| format!("{queue} of {ctx}"));
-                found.push(Finding {
-                    rule: Rule::RingUnusable,
-                    ctx,
-                    mm: ctx.and_then(|ctx| self.mm_of(ctx)),
-                    va: None,
-                    frame: None,
-                    summary: format!("{whose} has stopped: {why}"),
-                });
+                let text = format!("{whose} has stopped: {why}");
+                found.push(self.finding_of(Rule::RingUnusable, ctx, None, text));
             }
             E::RingFreed { ring, start, last } => {
-                let ctx = Some(ring.ctx).filter(|&ctx| ctx != Handle::NONE);
-                found.push(Finding {
-                    rule: Rule::RingFreed,
-                    ctx,
-                    mm: ctx.and_then(|ctx| self.mm_of(ctx)),
-                    va: None,
-                    frame: Some(start),
-                    summary: format!(
-                        "memory {start:#x} to {last:#x} is given back, and the device has it still: of {ring}"
-                    ),
-                });
+                let text = format!(
+                    "memory {start:#x} to {last:#x} is given back, and the device has it still: of {ring}"
+                );
+                let finding = self.finding_of(Rule::RingFreed, Some(ring.ctx), None, text);
+                found.push(Finding { frame: Some(start), ..finding });
             }
             E::LeafSet { ctx, va: Some(va), pte } => self.leaf_set(ctx, va, pte, watched, found),
             E::FaultRaised { fault, ctx, va, again, .. } => {
@@ -355,16 +355,10 @@ impl State {
                 if !self.gone && (contexts_live > 0 || !leak.is_clean()) {
                     let first = self.contexts.keys().next().filter(|_| contexts_live > 0);
                     let ctx = first.map(|&handle| Handle(handle));
-                    found.push(Finding {
-                        rule: Rule::UnregisterLeak,
-                        ctx,
-                        mm: ctx.and_then(|ctx| self.mm_of(ctx)),
-                        va: leak.va,
-                        frame: None,
-                        summary: format!(
-                            "the driver turned the device off with {contexts_live} contexts not unbound; left behind: {leak}"
-                        ),
-                    });
+                    let text = format!(
+                        "the driver turned the device off with {contexts_live} contexts not unbound; left behind: {leak}"
+                    );
+                    found.push(self.finding_of(Rule::UnregisterLeak, ctx, leak.va, text));
                 }
             }
             E::Reset => {

@@ -155,7 +155,7 @@ pub(super) fn judge(
 }
 
 /// Every workload was done, well or badly.
-fn to_the_end(results: &Results) -> bool {
+pub(super) fn to_the_end(results: &Results) -> bool {
     let done =
         |outcome| matches!(outcome, WorkloadOutcome::Pass | WorkloadOutcome::Fail | WorkloadOutcome::Skip);
     !results.workloads.is_empty() && results.workloads.iter().all(|workload| done(workload.outcome))

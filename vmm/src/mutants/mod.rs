@@ -162,11 +162,11 @@ fn provision(trials: &[(&Mutant, RunConfig)], steps: &Arc<dyn EventSink>) -> Res
 
 /// One driver in a guest, and in another if the first one was lost: a host that has too much to do starves one now and then.
 fn trial(benign: bool, mutant: &Mutant, config: &RunConfig, ends: &[&AtomicBool; 2]) -> Result<Judged> {
-    let first = in_a_guest(benign, mutant, config, ends)?;
-    if first.outcome != Outcome::Error || ends.iter().any(|end| end.load(Ordering::SeqCst)) {
+    let (first, lost) = in_a_guest(benign, mutant, config, ends)?;
+    if !lost || ends.iter().any(|end| end.load(Ordering::SeqCst)) {
         return Ok(first);
     }
-    let mut second = in_a_guest(benign, mutant, config, ends)?;
+    let (mut second, _) = in_a_guest(benign, mutant, config, ends)?;
     let why = first.detail.as_deref().unwrap_or("unknown");
     let before = format!("a guest before could not be tried to the end: {why}");
     second.detail =
@@ -174,8 +174,13 @@ fn trial(benign: bool, mutant: &Mutant, config: &RunConfig, ends: &[&AtomicBool;
     Ok(second)
 }
 
-/// One guest with one driver, ended early by either of `ends`.
-fn in_a_guest(benign: bool, mutant: &Mutant, config: &RunConfig, ends: &[&AtomicBool; 2]) -> Result<Judged> {
+/// One guest with one driver, ended early by either of `ends`; and whether it was lost before it could tell.
+fn in_a_guest(
+    benign: bool,
+    mutant: &Mutant,
+    config: &RunConfig,
+    ends: &[&AtomicBool; 2],
+) -> Result<(Judged, bool)> {
     let listener = Arc::new(Listener::new((!benign).then(|| mutant.clone())));
     let stop = AtomicBool::new(false);
     let ended = AtomicBool::new(false);
@@ -201,9 +206,11 @@ fn in_a_guest(benign: bool, mutant: &Mutant, config: &RunConfig, ends: &[&Atomic
         let skipped = mutant.needs.as_ref().filter(|_| failure.kind == FailureKind::Usage);
         let outcome = if skipped.is_some() { Outcome::Skipped } else { Outcome::Error };
         let detail = skipped.map_or_else(|| failure.what.clone(), |needs| format!("needs {needs}"));
-        return Ok(Judged::untried(mutant, config, outcome, detail));
+        return Ok((Judged::untried(mutant, config, outcome, detail), false));
     }
-    Ok(judge::judge(benign, mutant, config, &listener.heard(), &outcome.results))
+    let judged = judge::judge(benign, mutant, config, &listener.heard(), &outcome.results);
+    let lost = judged.outcome == Outcome::Error && !judge::to_the_end(&outcome.results);
+    Ok((judged, lost))
 }
 
 #[cfg(test)]

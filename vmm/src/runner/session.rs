@@ -331,7 +331,11 @@ impl<'a> Session<'a> {
                                 self.end.boot_complaints.push(text);
                             }
                         }
-                        Meaning::Lost(text) => self.end.lost = self.end.lost.take().or(Some(text)),
+                        Meaning::Lost(text) => {
+                            // The panic that ends what was lost is no finding either.
+                            self.complained = true;
+                            self.end.lost = self.end.lost.take().or(Some(text));
+                        }
                         Meaning::Note(text) => self.end.notes.push(text),
                         Meaning::Known => {}
                     }

@@ -172,6 +172,21 @@ fn an_oops_with_the_driver_is_a_violation() {
 }
 
 #[test]
+fn an_oops_that_is_the_emulators_loses_the_guest_with_the_panic_behind_it() {
+    let (end, violations, _) = follow(|guest| {
+        guest.boot();
+        guest.print("[    9.1] Oops: int3: 0000 [#1] SMP NOPTI\r\n[    9.1] RIP: 0010:f+0x1d3/0x3b0\r\n");
+        guest.print(
+            "[    9.2] Code: 0f 84 73 01 00 00 66 <90> f7 c3 00\r\n[    9.3] ---[ end trace 0 ]---\r\n",
+        );
+        guest.print("[    9.4] Kernel panic - not syncing: Fatal exception\r\n");
+        guest.power_off();
+    });
+    assert!(violations.is_empty(), "{violations:?}");
+    assert!(end.lost.unwrap().contains("breakpoint"));
+}
+
+#[test]
 fn a_silent_boot_is_lost() {
     let (end, violations, _) = follow(|guest| guest.print("SeaBIOS\r\n"));
     assert!(violations.is_empty());

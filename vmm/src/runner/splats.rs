@@ -67,7 +67,7 @@ fn own_warning(splat: &Splat) -> Option<&'static str> {
 
 /// A breakpoint was met where none is in memory: the byte in front of the one that `Code:` marks, which is where an int3 leaves the
 /// processor, is none. The kernel writes one while it patches its code (a static key, a probe) and takes it away before it forgets about it; QEMU's
-/// translator has run what it had translated in between, on 7.3 with two processors, about once in a hundred runs on a busy host.
+/// translator has run what it had translated in between, as was seen once, on 7.3 with two processors.
 fn met_old_code(splat: &Splat) -> bool {
     const BREAKPOINT: &str = "cc";
     let code = || splat.lines.iter().find_map(|line| line.split_once("Code: "));

@@ -151,7 +151,7 @@ impl DeviceFile for File {
             if let Some(wait) = results.get(&fence) {
                 return Ok(*wait);
             }
-            if results.keys().any(|newer| newer - RESULTS.min(*newer) >= fence) {
+            if results.keys().any(|newer| newer.saturating_sub(RESULTS) >= fence) {
                 return Err(Errno::ENODATA);
             }
             if Instant::now() >= until {

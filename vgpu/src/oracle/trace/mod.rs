@@ -70,7 +70,7 @@ pub(super) struct Header {
 
 const MAGIC: &[u8; 8] = b"HMMTRACE";
 /// Goes up when records change their meaning.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 const MAX_ABOUT: usize = 3 << 10;
 
 impl Header {

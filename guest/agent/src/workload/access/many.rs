@@ -91,11 +91,11 @@ pub(super) fn full(device: &dyn Device, first: u64) -> Checked {
             return Ok(());
         }
     }
-    // A driver may have room for them all.
+    // The device is faster than that.
     Ok(())
 }
 
-/// Whether the queue was full while the job in front, of so many accesses, was still at work.
+/// Whether the job in front, of so many accesses, was still at work when the queue was full, or had room for them all.
 fn fill(context: &Context, first: u64, accesses: u64) -> Checked<bool> {
     let words = FILLED_MOST + BEHIND;
     let map = Mapping::small((8 * words).next_multiple_of(PAGE) + PAGE).doing("mmap")?;
@@ -113,7 +113,7 @@ fn fill(context: &Context, first: u64, accesses: u64) -> Checked<bool> {
         }
         taken += 1;
     }
-    let full = taken < FILLED_MOST && !context.has_ended(plug)?;
+    let plugged = !context.has_ended(plug)?;
     for _ in 0..BEHIND {
         last = context.submit(job(taken))?;
         taken += 1;
@@ -126,7 +126,7 @@ fn fill(context: &Context, first: u64, accesses: u64) -> Checked<bool> {
             return Err(Failure::cpu(context.handle(), map.at(8 * index), expected, found));
         }
     }
-    Ok(full)
+    Ok(plugged)
 }
 
 /// Each queue writes pages of its own that nobody has touched, so that each page is a fault, and 112 of them wait at a time. With

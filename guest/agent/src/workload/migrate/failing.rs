@@ -5,10 +5,11 @@ use std::collections::HashSet;
 
 use guest_protocol::{Message, Wish};
 use nix::errno::Errno;
+use nix::sys::mman::MmapAdvise;
 
 use super::{Placed, Round, To, migrate_all};
 use crate::device::Device;
-use crate::memory::{PAGE, WINDOW};
+use crate::memory::{PAGE, Pattern, WINDOW};
 use crate::outcome::{Checked, Doing, Failure};
 use crate::report::Sink;
 use crate::rng::Rng;
@@ -31,7 +32,7 @@ fn copy_fails(device: &dyn Device, host: &dyn Sink, rng: &mut Rng) -> Checked {
         let placed = Placed::unmoved(device, rng, WINDOW)?;
         let empty: HashSet<usize> = (0..4).map(|_| rng.index(WINDOW / PAGE) * PAGE).collect();
         for &at in &empty {
-            placed.map.advise(at, PAGE, nix::sys::mman::MmapAdvise::MADV_DONTNEED).doing("madvise")?;
+            placed.map.advise(at, PAGE, MmapAdvise::MADV_DONTNEED).doing("madvise")?;
         }
         let count = 1 + rng.below(FAILURES) as u32;
         host.send(&Message::Ask { wish: Wish::FailCopies { count } });
@@ -49,8 +50,7 @@ fn copy_fails(device: &dyn Device, host: &dyn Sink, rng: &mut Rng) -> Checked {
         }
         // Device and CPU look in turn: one of them moves what the other has seen.
         let seen = |at: usize, by_device: bool| {
-            let pattern =
-                if empty.contains(&at) { crate::memory::Pattern::ZERO } else { placed.pattern.from(at) };
+            let pattern = if empty.contains(&at) { Pattern::ZERO } else { placed.pattern.from(at) };
             if by_device {
                 placed.context.check(&placed.map, at, PAGE, pattern)
             } else {

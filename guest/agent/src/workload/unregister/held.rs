@@ -27,7 +27,7 @@ pub(super) fn held(device: &dyn Device, rng: &mut Rng) -> Checked {
     let pattern = Pattern { first: rng.next(), step: rng.next() | 1 };
     let other = Mapping::small(PAGE).doing("mmap")?;
     other.fill(0, PAGE, pattern);
-    if let Err((errno, _)) = taken(&other, 0, PATIENCE) {
+    if let Err(errno) | Ok(Err((errno, _))) = taken(&other, 0, PATIENCE) {
         return Err(Failure::Skip(format!("MADV_SOFT_OFFLINE of a page that no device has had: {errno}")));
     }
     let map = Mapping::small(PAGES * PAGE).doing("mmap")?;
@@ -49,7 +49,7 @@ pub(super) fn held(device: &dyn Device, rng: &mut Rng) -> Checked {
     let first = rng.index(PAGES);
     for page in 0..TAKEN {
         let at = (first + page * 5) % PAGES * PAGE;
-        if let Err((errno, tries)) = taken(&map, at, PATIENCE) {
+        if let Err((errno, tries)) = taken(&map, at, PATIENCE).doing("MADV_SOFT_OFFLINE")? {
             let detail = format!(
                 "MADV_SOFT_OFFLINE of what no device has had was done, and of this {tries} times not: {errno}"
             );
@@ -59,18 +59,20 @@ pub(super) fn held(device: &dyn Device, rng: &mut Rng) -> Checked {
     context.cpu_check(&map, 0, PAGES * PAGE, pattern)
 }
 
-/// Takes a page out of use; another one gets its place and its data. Somebody may look at it just then, so it is tried for some time.
-fn taken(map: &Mapping, at: usize, patience: Duration) -> Result<(), (Errno, u32)> {
+/// Takes a page out of use; another one gets its place and its data. Somebody may look at it just then, so it is tried for some time:
+/// inside, with what error it could not be done and how often that was so. Any other error says nothing of who holds the page.
+fn taken(map: &Mapping, at: usize, patience: Duration) -> Result<Result<(), (Errno, u32)>, Errno> {
     let (until, mut pause) = (Instant::now() + patience, Pause::default());
-    for tries in 1.. {
+    let mut tries = 0;
+    loop {
+        tries += 1;
         match map.advise_by_number(at, PAGE, advice::SOFT_OFFLINE) {
-            Ok(()) => break,
+            Ok(()) => return Ok(Ok(())),
             Err(errno @ (Errno::EBUSY | Errno::EIO | Errno::EAGAIN)) if Instant::now() >= until => {
-                return Err((errno, tries));
+                return Ok(Err((errno, tries)));
             }
             Err(Errno::EBUSY | Errno::EIO | Errno::EAGAIN) => pause.take(),
-            Err(errno) => return Err((errno, tries)),
+            Err(errno) => return Err(errno),
         }
     }
-    Ok(())
 }
