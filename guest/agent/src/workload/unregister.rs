@@ -5,6 +5,7 @@
 
 mod held;
 
+use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -13,11 +14,12 @@ use nix::sys::mman::MmapAdvise;
 use vgpu_spec::uapi;
 
 use super::Round;
+use super::access::memory_file;
 use super::invalidate::written;
 use super::release::{LONG, MEDIUM, Occupied};
 use crate::client::{Context, Job};
 use crate::device::{Device, DeviceFile};
-use crate::memory::{Backing, HUGE, Mapping, PAGE, Pattern, WINDOW};
+use crate::memory::{Backing, HUGE, Mapping, PAGE, Pattern, Prot, WINDOW};
 use crate::outcome::{Checked, Doing, Failure, describe, require};
 use crate::process::{BOUND, Child, close_files_in_vfork, exit_now};
 use crate::rng::Rng;
@@ -30,6 +32,10 @@ const WAITERS: usize = 8;
 const PREDECESSORS: usize = 40;
 /// Contexts that go while somebody migrates, one after the other.
 const MIGRATING: usize = 5;
+/// Views of 2 MiB whose rights change meanwhile, with `mmap_lock` held.
+const VIEWS: usize = 32;
+/// Microseconds for which that lasts, or more.
+const LONGEST_CHANGE: u64 = 20_000;
 /// Contexts that no device of ours has.
 const MOST_CONTEXTS: usize = 256;
 /// Binds of the rebind loop.
@@ -421,27 +427,57 @@ fn end_written(
 }
 
 /// UNBIND while another thread migrates to the device and back: whatever has been copied, nothing is given to a context that has gone.
+///
+/// A third thread holds `mmap_lock` for longer than a context takes to go, again and again: so a migration has often been asked for when
+/// the context goes, and begins when it has gone.
 fn unbind_while_migrating(device: &dyn Device, rng: &mut Rng) -> Checked {
+    let views = many_views()?;
     for _ in 0..MIGRATING {
         let context = Context::bind(device)?;
         let used = Used::new(&context, rng)?;
         if context.file().migrate(used.map.at(0), PAGE as u64, true) == Err(Errno::EOPNOTSUPP) {
             return Err(Failure::Skip("the kernel has no device-private memory".to_owned()));
         }
-        let delay = Duration::from_micros(rng.below(3000));
-        std::thread::scope(|scope| {
-            let (context, at) = (&context, used.map.at(0));
-            scope.spawn(move || {
-                let migrate = |to_device| context.file().migrate(at, WINDOW as u64, to_device).is_ok();
-                while migrate(true) && migrate(false) {}
-            });
-            std::thread::sleep(delay);
-            context.file().unbind()
-        })
-        .doing("unbind")?;
+        unbind_one_migrating(&context, &used, &views, Duration::from_micros(rng.below(LONGEST_CHANGE)))?;
         used.unharmed(&context)?;
     }
     Ok(())
+}
+
+fn unbind_one_migrating(context: &Context, used: &Used, views: &Mapping, delay: Duration) -> Checked {
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let at = used.map.at(0);
+        scope.spawn(move || {
+            let migrate = |to_device| context.file().migrate(at, WINDOW as u64, to_device).is_ok();
+            while migrate(true) && migrate(false) {}
+        });
+        let changing = scope.spawn(|| {
+            while !over.load(Ordering::SeqCst) {
+                for prot in [Prot::Read, Prot::Write] {
+                    views.protect(0, views.bytes(), prot).doing("mprotect")?;
+                }
+            }
+            Ok(())
+        });
+        std::thread::sleep(delay);
+        let unbound = context.file().unbind().doing("unbind");
+        over.store(true, Ordering::SeqCst);
+        changing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        unbound
+    })
+}
+
+/// Memory whose rights take long to change, and that costs little: the same pages again and again.
+fn many_views() -> Checked<Mapping> {
+    let file = memory_file(HUGE)?;
+    let views = Mapping::reserve(VIEWS * HUGE, HUGE).doing("mmap")?;
+    for at in (0..views.bytes()).step_by(HUGE) {
+        views.renew(at, HUGE, Prot::Write, Backing::FileShared(file.as_fd(), 0)).doing("mmap")?;
+    }
+    // A read maps several pages around it.
+    (0..views.bytes()).step_by(PAGE).for_each(|at| drop(views.load(at)));
+    Ok(views)
 }
 
 /// More contexts are wanted than the device has: those that there are go on.
