@@ -717,10 +717,13 @@ long gates_local(struct hmm_witness_local *arg)
 	if (!(READ_ONCE(site->flags) & HMM_WITNESS_SITE_LOCAL))
 		return -EINVAL;
 	raw_spin_lock_irqsave(&gate_lock, flags);
-	if (arg->what == 3)
+	if (arg->what == 3) {
 		site->admitted++;
-	else if (arg->what)
+	} else if (arg->what) {
 		site->open = arg->what == 1;
+		/* Who was admitted and did not come is not admitted later. */
+		site->admitted = 0;
+	}
 	arg->waiting = site->waiting;
 	arg->reached = site->reached;
 	raw_spin_unlock_irqrestore(&gate_lock, flags);

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use guest_protocol::ScenarioPlan;
@@ -51,7 +52,7 @@ impl<'a> Gates<'a> {
         Self { witness }
     }
 
-    /// The calling thread is called this from now on; nothing if the name is empty.
+    /// The calling thread is called this from now on; nothing if the name is empty, as it is to be when one of many threads ends.
     pub(crate) fn role(&self, name: &str) -> Checked {
         let role = Role { name: field::<ROLE_BYTES>(name)? };
         let Some(witness) = self.witness else { return Ok(()) };
@@ -119,35 +120,51 @@ impl<'a> Gates<'a> {
         unsafe { ioctl_clear(witness.as_raw_fd()) }.map(drop)
     }
 
+    /// Whether there is such a place, and a witness; it is a gate from then on.
+    fn stands(&self, id: u32, flags: u32, place: &str, whom: &str) -> Checked<bool> {
+        match self.add(id, flags, place, whom)? {
+            Ok(()) => Ok(true),
+            Err(Errno::ENODEV | Errno::ENOENT | Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(false),
+            Err(errno) => Err(errno).doing(place),
+        }
+    }
+
     /// As [`hold`](Self::hold), for those who have come back from another function before: whoever did is `whom` from then on.
     pub(crate) fn hold_after(&self, before: &str, place: &str, whom: &str) -> Checked<Option<Hold<'a>>> {
         let up = GatesUp(*self);
-        match self.add(1, SITE_RECORD, before, whom)? {
-            Ok(()) => {}
-            Err(Errno::ENODEV | Errno::ENOENT | Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(None),
-            Err(errno) => return Err(errno).doing(before),
+        if !self.stands(1, SITE_RECORD, before, whom)? || !self.stands(0, SITE_LOCAL, place, whom)? {
+            return Ok(None);
         }
-        let hold = self.hold(place, whom)?;
-        if hold.is_some() {
-            // Both go with the hold.
-            std::mem::forget(up);
-        }
-        Ok(hold)
+        self.arm(0, LOCAL_LIMIT)?;
+        Hold::new(&Arc::new(up), 0).map(Some)
     }
 
     /// A gate that the caller itself opens, for tasks of this role, or for all. Open at first. None where there is no such
     /// place, or no witness.
     pub(crate) fn hold(&self, place: &str, whom: &str) -> Checked<Option<Hold<'a>>> {
         let up = GatesUp(*self);
-        match self.add(0, SITE_LOCAL, place, whom)? {
-            Ok(()) => {}
-            Err(Errno::ENODEV | Errno::ENOENT | Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(None),
-            Err(errno) => return Err(errno).doing(place),
+        if !self.stands(0, SITE_LOCAL, place, whom)? {
+            return Ok(None);
         }
         self.arm(0, LOCAL_LIMIT)?;
-        let hold = Hold(up);
-        hold.open()?;
-        Ok(Some(hold))
+        Hold::new(&Arc::new(up), 0).map(Some)
+    }
+
+    /// Two of them, at two places, for two roles.
+    pub(crate) fn hold_two(
+        &self,
+        first: (&str, &str),
+        second: (&str, &str),
+    ) -> Checked<Option<(Hold<'a>, Hold<'a>)>> {
+        let up = GatesUp(*self);
+        if !self.stands(0, SITE_LOCAL, first.0, first.1)?
+            || !self.stands(1, SITE_LOCAL, second.0, second.1)?
+        {
+            return Ok(None);
+        }
+        self.arm(0, LOCAL_LIMIT)?;
+        let up = Arc::new(up);
+        Ok(Some((Hold::new(&up, 0)?, Hold::new(&up, 1)?)))
     }
 }
 
@@ -190,12 +207,21 @@ impl Drop for GatesUp<'_> {
 
 /// A gate at which tasks are held until the caller opens it, for half a second at the most.
 #[derive(Debug)]
-pub(crate) struct Hold<'a>(GatesUp<'a>);
+pub(crate) struct Hold<'a> {
+    up: Arc<GatesUp<'a>>,
+    id: u32,
+}
 
-impl Hold<'_> {
+impl<'a> Hold<'a> {
+    fn new(up: &Arc<GatesUp<'a>>, id: u32) -> Checked<Self> {
+        let hold = Self { up: Arc::clone(up), id };
+        hold.open()?;
+        Ok(hold)
+    }
+
     fn local(&self, what: u32) -> Checked<Local> {
-        let mut local = Local { id: 0, what, ..Local::default() };
-        let witness = self.0.0.witness.ok_or_else(|| Failure::wrong("no witness"))?;
+        let mut local = Local { id: self.id, what, ..Local::default() };
+        let witness = self.up.0.witness.ok_or_else(|| Failure::wrong("no witness"))?;
         // SAFETY: the structure is the one that the ioctl's number names, and lives through the call.
         unsafe { ioctl_local(witness.as_raw_fd(), &mut local) }.doing("look at a gate")?;
         Ok(local)
@@ -236,6 +262,38 @@ impl Hold<'_> {
     /// Holds whoever comes from now on.
     pub(crate) fn close(&self) -> Checked {
         self.local(2).map(drop)
+    }
+
+    /// Holds whoever comes from now on, but the first `passing`. Nobody is to be there, nor to come meanwhile.
+    pub(crate) fn close_behind(&self, passing: u32) -> Checked<Behind<'_>> {
+        let before = self.local(2)?.reached;
+        for _ in 0..passing {
+            self.local(3)?;
+        }
+        Ok(Behind { hold: self, last: before.wrapping_add(passing) })
+    }
+}
+
+/// A gate that lets some pass before it holds one.
+#[derive(Debug)]
+pub(crate) struct Behind<'a> {
+    hold: &'a Hold<'a>,
+    /// How many have come when all that pass have.
+    last: u32,
+}
+
+impl Behind<'_> {
+    /// Waits until one is held behind them. False if none comes within `patience`, or before it is `over`.
+    pub(crate) fn wait(&self, patience: Duration, over: &dyn Fn() -> bool) -> Checked<bool> {
+        let until = Instant::now() + patience;
+        let mut pause = Pause::default();
+        while (self.hold.local(0)?.reached.wrapping_sub(self.last) as i32) <= 0 {
+            if over() || Instant::now() > until {
+                return Ok(false);
+            }
+            pause.take();
+        }
+        Ok(true)
     }
 }
 

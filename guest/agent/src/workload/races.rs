@@ -5,9 +5,11 @@
 //!
 //! Both are returns of the kernel's functions, so that nothing of the driver need be known. A third moment is the one in which a
 //! fault handler, with what it has found, is about to take a lock: one that has asked before whether it may still map that asks in
-//! vain. A fourth is the one in which it makes the page known to the device's bus, as most do when they have asked and hold the
+//! vain; the same holds of whoever has asked for something while its context goes ([`asking`]). A fourth is the one in which it makes the page known to the device's bus, as most do when they have asked and hold the
 //! lock: a callback that does not wait for it comes too early. Where the kernel cannot hold tasks, or a driver comes to none of
 //! them, the cases are skipped.
+
+mod asking;
 
 use std::cell::Cell;
 use std::os::fd::{AsFd, OwnedFd};
@@ -53,6 +55,8 @@ const FOUND: &str = "return:hmm_range_fault";
 const LOCKS: usize = 3;
 /// Where it takes one.
 const LOCKING: &str = "entry:mutex_lock";
+/// The same in a kernel that proves its locks.
+const LOCKING_PROVEN: &str = "entry:mutex_lock_nested";
 /// Where the kernel gives a page an address for a device.
 const MAPPING: &str = "entry:dma_map_page_attrs";
 /// How long a handler gets to come to another place, in times of what it took to come to the first: often it never does.
@@ -160,6 +164,9 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
             play_moment(round, place.at, moment, &hold);
         }
     }
+    if round.iteration == 0 {
+        asking::round(round);
+    }
 }
 
 fn hold_at<'a>(gates: Gates<'a>, place: &Place) -> Checked<Option<Hold<'a>>> {
@@ -167,8 +174,7 @@ fn hold_at<'a>(gates: Gates<'a>, place: &Place) -> Checked<Option<Hold<'a>>> {
         return gates.hold(place.at, place.whom);
     }
     match gates.hold_after(FOUND, place.at, HANDLER)? {
-        // A kernel that proves its locks has it under another name.
-        None if place.at == LOCKING => gates.hold_after(FOUND, "entry:mutex_lock_nested", HANDLER),
+        None if place.at == LOCKING => gates.hold_after(FOUND, LOCKING_PROVEN, HANDLER),
         hold => Ok(hold),
     }
 }
