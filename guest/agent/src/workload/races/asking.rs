@@ -119,9 +119,10 @@ fn case(device: &dyn Device, holds: &Holds<'_>, call: Call, lock: u32, rng: &mut
             break;
         }
     }
-    Context::bind(device)?.cpu_check(&map, 0, map.bytes(), pattern)?;
     // Who has the place of those that went is left alone.
-    Context::bind(device)?.check(&map, 0, map.bytes(), pattern)
+    let next = Context::bind(device)?;
+    next.cpu_check(&map, 0, map.bytes(), pattern)?;
+    next.check(&map, 0, map.bytes(), pattern)
 }
 
 /// One context that goes while one thread is held before its lock of this number; it is let go on when the end is at this unlock.
