@@ -5,15 +5,17 @@
 //! It is let go on when the end of the context is at one unlock after the other: what is still there then need not be there after the
 //! next.
 
-use std::sync::Barrier;
+use std::sync::{Barrier, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
 
 use super::{LOCKING, LOCKING_PROVEN, PATIENCE, nobody_came};
 use crate::client::{Context, Job};
 use crate::device::Device;
 use crate::gates::{Gates, Hold};
 use crate::memory::{Mapping, PAGE, Pattern};
-use crate::outcome::{Checked, Doing, Failure};
+use crate::outcome::{Checked, Doing, Failure, require};
 use crate::rng::Rng;
 use crate::workload::Round;
 
@@ -32,23 +34,33 @@ const PAGES: usize = 16;
 /// Accesses of a job that is still at work when it is waited for.
 const AT_WORK: u64 = 1 << 20;
 /// How long the end gets to come to an unlock. If it does not, it waits for the thread that is held, as it may.
-const ENDS: Duration = Duration::from_millis(200);
+const ENDS: Duration = Duration::from_millis(100);
 /// How long the thread that asks gets to come back while the end is held. It may wait for the lock that is to be given back.
 const BACK: Duration = Duration::from_millis(20);
 /// How often it is looked whether it has.
 const LOOK: Duration = Duration::from_millis(1);
 
-/// What is asked for; whatever the driver says to it is right, for the context goes.
-#[derive(Clone, Copy)]
+/// What is asked for, while UNBIND goes on; whatever the driver says to it is right.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Call {
     Submit,
     /// For a job that is at work.
     Wait,
     /// To the device. On the way back a thread holds pages that the end of the context waits for.
     Migrate,
+    /// Once more: only one of both has it to end.
+    Unbind,
+    /// Twice at once, with no context before: only one of both gets one.
+    Bind,
 }
 
-const CALLS: [(Call, &str); 3] = [(Call::Submit, "submit"), (Call::Wait, "wait"), (Call::Migrate, "migrate")];
+const CALLS: [(Call, &str); 5] = [
+    (Call::Submit, "submit"),
+    (Call::Wait, "wait"),
+    (Call::Migrate, "migrate"),
+    (Call::Unbind, "unbind"),
+    (Call::Bind, "bind"),
+];
 
 /// How far the end came before the thread that asked was let go on.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -104,9 +116,15 @@ fn case(device: &dyn Device, holds: &Holds<'_>, call: Call, lock: u32, rng: &mut
     let map = Mapping::small(PAGES * PAGE).doing("mmap")?;
     let pattern = Pattern { first: rng.next(), step: rng.next() | 1 };
     map.fill(0, map.bytes(), pattern);
+    // Beside those that go.
+    let stays = Context::bind(device)?;
     let mut came = Came::NotAsked;
     for unlock in 0..UNLOCKS {
-        let once = once(device, holds, &map, call, (lock, unlock));
+        let once = if call == Call::Bind {
+            both_bind(device, holds, (lock, unlock))
+        } else {
+            ask_at_end(device, holds, &map, call, (lock, unlock))
+        };
         // Whatever happened, nobody is to be held when the next begins.
         holds.open()?;
         match once? {
@@ -119,32 +137,70 @@ fn case(device: &dyn Device, holds: &Holds<'_>, call: Call, lock: u32, rng: &mut
             break;
         }
     }
+    stays.cpu_check(&map, 0, map.bytes(), pattern)?;
+    stays.check(&map, 0, map.bytes(), pattern)?;
     // Who has the place of those that went is left alone.
-    let next = Context::bind(device)?;
-    next.cpu_check(&map, 0, map.bytes(), pattern)?;
-    next.check(&map, 0, map.bytes(), pattern)
+    Context::bind(device)?.check(&map, 0, map.bytes(), pattern)
 }
 
-/// One context that goes while one thread is held before its lock of this number; it is let go on when the end is at this unlock.
-fn once(
+/// A context is asked for something, and ends.
+fn ask_at_end(
     device: &dyn Device,
     holds: &Holds<'_>,
     map: &Mapping,
     call: Call,
-    (lock, unlock): (u32, u32),
+    at: (u32, u32),
 ) -> Checked<Came> {
     let context = Context::bind(device)?;
     let at_work = match call {
-        Call::Submit | Call::Migrate => None,
         Call::Wait => Some(context.submit(Job::random_read(map.at(0), map.bytes(), AT_WORK, 1))?),
+        _ => None,
     };
     let ask = || match call {
         Call::Submit => drop(context.try_submit(Job::strided_read(map.at(0), 1, 8))),
         Call::Wait => drop(at_work.map(|job| context.wait(job))),
         Call::Migrate => drop(context.file().migrate(map.at(0), map.bytes() as u64, true)),
+        Call::Unbind | Call::Bind => drop(context.file().unbind()),
     };
+    let end = || match context.file().unbind() {
+        // The other one has done it.
+        Err(Errno::ENXIO) if call == Call::Unbind => Ok(()),
+        other => other.doing("unbind"),
+    };
+    meanwhile(holds, at, &ask, &end)
+}
+
+/// A file is asked for a context by two threads.
+fn both_bind(device: &dyn Device, holds: &Holds<'_>, at: (u32, u32)) -> Checked<Came> {
+    let file = device.open().doing("open")?;
+    let bound = Mutex::new(Vec::new());
+    let bind = || match file.bind() {
+        Ok(handle) => {
+            bound.lock().unwrap_or_else(PoisonError::into_inner).push(handle);
+            Ok(())
+        }
+        Err(Errno::EBUSY) => Ok(()),
+        Err(errno) => Err(errno).doing("bind"),
+    };
+    let came = meanwhile(holds, at, &|| drop(bind()), &bind)?;
+    let bound = bound.into_inner().unwrap_or_else(PoisonError::into_inner);
+    for handle in &bound {
+        device.associate(*handle).doing("associate")?;
+    }
+    file.unbind().doing("unbind")?;
+    require(bound.len() == 1, || format!("{} of two BINDs on one file were done", bound.len()))?;
+    Ok(came)
+}
+
+/// One thread asks and is held before its lock of a number; it is let go on when the one that ends is at its unlock of a number.
+fn meanwhile(
+    holds: &Holds<'_>,
+    (lock, unlock): (u32, u32),
+    ask: &(dyn Fn() + Sync),
+    end: &(dyn Fn() -> Checked + Sync),
+) -> Checked<Came> {
     // Threads that come into being take locks of their own.
-    let (ready, end) = (Barrier::new(3), Barrier::new(2));
+    let (ready, go) = (Barrier::new(3), Barrier::new(2));
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| {
             let named = holds.gates.role(CALLER);
@@ -157,16 +213,16 @@ fn once(
             let named = holds.gates.role(ENDER);
             ready.wait();
             ready.wait();
-            end.wait();
-            let unbound = context.file().unbind().doing("unbind");
-            named.and(unbound).and(holds.gates.role(""))
+            go.wait();
+            let ended = end();
+            named.and(ended).and(holds.gates.role(""))
         });
         ready.wait();
         let caller = holds.caller.close_behind(lock);
         let ender = holds.ender.close_behind(unlock);
         ready.wait();
         let asked = caller.and_then(|behind| behind.wait(PATIENCE, &|| asking.is_finished()));
-        end.wait();
+        go.wait();
         let came = match (asked, ender) {
             (Ok(true), Ok(ender)) => ender.wait(ENDS, &|| ending.is_finished()).map(|came| {
                 if came {
