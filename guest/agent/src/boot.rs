@@ -157,6 +157,20 @@ pub(crate) fn unload_module(name: &str) -> Checked {
     }
 }
 
+/// Asks for a module to go while a file of its device is open, which it must not; if it does, the file is closed. Where there is no
+/// device any more there is nothing to see.
+pub(crate) fn must_stay(name: &str, device: &str) -> Checked {
+    let name = CString::new(name).map_err(|_| Failure::wrong("a module name contains a NUL byte"))?;
+    let Ok(file) = File::open(device) else { return Ok(()) };
+    let gone = delete_module(&name, DeleteModuleFlags::O_NONBLOCK);
+    drop(file);
+    match gone {
+        Err(Errno::EAGAIN | Errno::EBUSY) => Ok(()),
+        Err(errno) => Err(errno).doing("delete_module"),
+        Ok(()) => Err(Failure::wrong(format!("the module went while {device} was open"))),
+    }
+}
+
 /// Kills and reaps every other process. Nothing that the plan started is meant to outlive its part of it.
 pub(crate) fn end_all_others() {
     let until = Instant::now() + SETTLE;

@@ -92,6 +92,9 @@ fn follow(host: &mut Host) -> Checked {
         boot::end_all_others();
     }
     if let Some(driver) = driver {
+        if !plan.workloads.is_empty() {
+            keep_driver(&driver, host);
+        }
         unload_driver(&driver, host);
         leaks::tell(host);
     }
@@ -108,6 +111,14 @@ fn follow(host: &mut Host) -> Checked {
         }
     }
     Ok(())
+}
+
+/// Sees whether the driver stays while a file of its device is open. Where it goes the file's next use is of code that has gone.
+fn keep_driver(name: &str, host: &Host) {
+    let began = Instant::now();
+    let failure = boot::must_stay(name, vgpu_spec::uapi::DRIVER_DEVICE).err();
+    let detail = failure.map(|failure| failure.to_string());
+    outside(host, ("unload", "open-file"), began.elapsed().as_secs_f64(), detail);
 }
 
 /// Unloads the driver. That it cannot be unloaded with no process left is a finding, reported as a failed case.

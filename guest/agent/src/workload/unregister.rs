@@ -167,13 +167,22 @@ fn close_in_child(device: &dyn Device, rng: &mut Rng) -> Checked {
     let context = Context::bind(device)?;
     let used = Used::new(&context, rng)?;
     used.read_for_long(&context, rng)?;
-    let mut child = Child::spawn(|_| {
-        let job = Job::strided_read(used.map.at(0), 1, 8);
-        require(!context.accepts(job), || "a job from another address space was taken".to_owned())?;
+    let mut child = Child::spawn(|parent| {
+        // To the child's own memory, at an address at which the parent has some too.
+        let job = Job::strided_write(used.map.at(0), 1, 8, !used.pattern.word(0));
+        let taken = context.accepts(job);
+        parent.ready(u64::from(taken));
         context.file().close();
         used.unharmed(&context)
     })?;
+    let taken = child.wait_ready()? != 0;
     child.join()?;
+    if taken {
+        // It is behind the others.
+        context.run(Job::strided_read(used.map.at(0), 1, 8))?.ok()?;
+    }
+    used.unharmed(&context)?;
+    require(!taken, || "a job from another address space was taken".to_owned())?;
     context.check(&used.map, 0, WINDOW, used.pattern)
 }
 

@@ -4,12 +4,14 @@
 use std::sync::Barrier;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::mman::MmapAdvise;
 use nix::sys::signal::Signal;
 
 use super::{Placed, Round, To, migrate, migrate_all};
 use crate::client::{Context, Job};
 use crate::device::Device;
+use crate::kernel::pass_over;
 use crate::memory::{Backing, Mapping, PAGE, Pattern, WINDOW};
 use crate::outcome::{Checked, Doing, require};
 use crate::process::{Child, exit_now};
@@ -21,6 +23,11 @@ const LOAD: u64 = 30_000;
 
 /// Processes that are killed while they migrate.
 const KILLS: usize = 6;
+
+/// Processes whose context goes while signals come.
+const DISTURBED: usize = 4;
+/// How often they come.
+const SIGNALS: Duration = Duration::from_micros(100);
 
 /// What is done to the memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -42,6 +49,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
     round.case("fork/device", |rng| fork(device, rng, true));
     round.case("fork/parent-closes", |rng| parent_closes(device, rng));
     round.case("close/touched", |rng| closed_and_touched(device, rng));
+    round.case("unbind/under-signals", |rng| unbind_under_signals(device, rng));
     for (running, load) in [(false, "idle"), (true, "running")] {
         round.case(&format!("close/{load}"), |rng| close(device, rng, running));
         round.case(&format!("exit/{load}"), |rng| exit(device, rng, running));
@@ -222,6 +230,28 @@ fn killed(device: &dyn Device, rng: &mut Rng, running: bool) -> Checked {
     child.wait_ready()?;
     child.signal(Signal::SIGKILL)?;
     child.join_killed(Signal::SIGKILL)
+}
+
+/// The context goes while signals with a handler come: its pages come home all the same.
+fn unbind_under_signals(device: &dyn Device, rng: &mut Rng) -> Checked {
+    for _ in 0..DISTURBED {
+        let mut child = Child::spawn(|parent| {
+            pass_over(Signal::SIGUSR1)?;
+            let placed = Placed::new(device, rng)?;
+            parent.ready(0);
+            // The first of them come.
+            std::thread::sleep(10 * SIGNALS);
+            while placed.context.file().unbind() == Err(Errno::EINTR) {}
+            placed.cpu_sees(0, WINDOW)
+        })?;
+        child.wait_ready()?;
+        while !child.has_ended()? {
+            child.signal(Signal::SIGUSR1)?;
+            std::thread::sleep(SIGNALS);
+        }
+        child.join()?;
+    }
+    Ok(())
 }
 
 /// Killed in the middle of migrations both ways, at some moment or other.
