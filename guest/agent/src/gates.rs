@@ -132,17 +132,16 @@ impl<'a> Gates<'a> {
     /// As [`hold`](Self::hold), for those who have come back from another function before: whoever did is `whom` from then on.
     pub(crate) fn hold_after(&self, before: &str, place: &str, whom: &str) -> Checked<Option<Hold<'a>>> {
         let up = GatesUp(*self);
-        if !self.stands(1, SITE_RECORD, before, whom)? || !self.stands(0, SITE_LOCAL, place, whom)? {
-            return Ok(None);
-        }
-        self.arm(0, LOCAL_LIMIT)?;
-        Hold::new(&Arc::new(up), 0).map(Some)
+        if self.stands(1, SITE_RECORD, before, whom)? { self.hold_in(up, place, whom) } else { Ok(None) }
     }
 
     /// A gate that the caller itself opens, for tasks of this role, or for all. Open at first. None where there is no such
     /// place, or no witness.
     pub(crate) fn hold(&self, place: &str, whom: &str) -> Checked<Option<Hold<'a>>> {
-        let up = GatesUp(*self);
+        self.hold_in(GatesUp(*self), place, whom)
+    }
+
+    fn hold_in(&self, up: GatesUp<'a>, place: &str, whom: &str) -> Checked<Option<Hold<'a>>> {
         if !self.stands(0, SITE_LOCAL, place, whom)? {
             return Ok(None);
         }

@@ -255,6 +255,16 @@ impl Child {
         }
     }
 
+    /// Waits for its end, with `signal` sent to it all the while, which it has a handler for when it is ready.
+    pub(crate) fn join_disturbed(&mut self, signal: Signal, every: Duration) -> Checked {
+        self.wait_ready()?;
+        while !self.has_ended()? {
+            self.signal(signal)?;
+            std::thread::sleep(every);
+        }
+        self.join()
+    }
+
     /// Waits for its end, which must be by `signal`.
     pub(crate) fn join_killed(&mut self, signal: Signal) -> Checked {
         match self.wait()? {

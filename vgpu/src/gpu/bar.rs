@@ -24,10 +24,25 @@ use super::registers::{Written, doorbell};
 use crate::function::Effects;
 use crate::oracle::Unusable;
 
-/// Sizes that the command ring may have: log2 of its entries.
-pub(super) const COMMAND_SIZES: RangeInclusive<u32> = 4..=16;
-/// Those that the fault buffer may have.
-pub(super) const FAULT_SIZES: RangeInclusive<u32> = 2..=12;
+/// What a ring or buffer of guest memory that two registers name has to be.
+pub(super) struct Area {
+    /// Bytes of an entry, of which its base is a multiple.
+    pub(super) entry: usize,
+    /// Log2 of how many there may be.
+    sizes: RangeInclusive<u32>,
+}
+
+/// The command ring.
+pub(super) const COMMANDS: Area = Area { entry: COMMAND_BYTES, sizes: 4..=16 };
+/// The fault buffer.
+pub(super) const FAULTS: Area = Area { entry: FAULT_BYTES, sizes: 2..=12 };
+
+impl Area {
+    /// Whether the device takes what the registers say for one, if there is memory.
+    pub(super) fn makes_sense(&self, base: u64, log2: u32) -> bool {
+        self.sizes.contains(&log2) && base % self.entry as u64 == 0
+    }
+}
 
 /// An access to BAR0.
 enum Place {
@@ -129,13 +144,12 @@ impl Device {
         &self,
         base: u64,
         log2: u32,
-        bytes: usize,
-        sizes: RangeInclusive<u32>,
+        area: &Area,
         [makes_no_sense, is_no_memory]: [Unusable; 2],
     ) -> Option<Ring> {
-        let why = if !sizes.contains(&log2) || base % bytes as u64 != 0 {
+        let why = if !area.makes_sense(base, log2) {
             makes_no_sense
-        } else if self.memory.snapshot().check(base, (bytes as u64) << log2, true).is_err() {
+        } else if self.memory.snapshot().check(base, (area.entry as u64) << log2, true).is_err() {
             is_no_memory
         } else {
             return Some(Ring { base, log2 });
@@ -149,7 +163,7 @@ impl Device {
 
     fn set_up_ring(&self, log2: u32) {
         let whys = [Unusable::CommandArea, Unusable::CommandMemory];
-        let ring = self.area(self.registers.pair(CMD_BASE_LO), log2, COMMAND_BYTES, COMMAND_SIZES, whys);
+        let ring = self.area(self.registers.pair(CMD_BASE_LO), log2, &COMMANDS, whys);
         let mut request = self.ring_request.lock();
         self.registers.set(CMD_HEAD, 0);
         self.registers.set(CMD_TAIL, 0);
@@ -160,7 +174,7 @@ impl Device {
 
     fn set_up_faults(&self, log2: u32) {
         let whys = [Unusable::FaultArea, Unusable::FaultMemory];
-        let area = self.area(self.registers.pair(FAULT_BASE_LO), log2, FAULT_BYTES, FAULT_SIZES, whys);
+        let area = self.area(self.registers.pair(FAULT_BASE_LO), log2, &FAULTS, whys);
         self.faults.set_buffer(area.map(|area| (area.base, area.log2)), &self.registers);
         self.signal.notify();
     }

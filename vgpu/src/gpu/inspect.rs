@@ -1,17 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The device as the oracle questions it. Takes the TLBs' and the fault table's locks, one at a time, and no other.
 
-use std::ops::RangeInclusive;
 use std::sync::atomic::Ordering::SeqCst;
 
-use vgpu_spec::command::COMMAND_BYTES;
-use vgpu_spec::fault::FAULT_BYTES;
 use vgpu_spec::handle::Handle;
 use vgpu_spec::job::{COMPLETION_BYTES, JOB_BYTES};
 use vgpu_spec::pte;
 use vgpu_spec::regs::gpu::{CMD_BASE_LO, CMD_DONE_LO, CMD_SIZE, FAULT_BASE_LO, FAULT_PUT_WB_LO, FAULT_SIZE};
 
-use super::bar::{COMMAND_SIZES, FAULT_SIZES};
+use super::bar::{Area, COMMANDS, FAULTS};
 use super::context::State;
 use super::device::Device;
 use crate::oracle::{ContextView, RangeView, RingUse, RingView, Written};
@@ -104,20 +101,19 @@ impl Device {
         let touches =
             |base: u64, bytes: u64| bytes > 0 && base <= last && start <= base.saturating_add(bytes - 1);
         let none = Handle::NONE;
-        let mut own = |used, size, sizes: RangeInclusive<u32>, bytes: usize, base, word| {
-            let log2 = self.registers.get(size);
-            // A size that was refused is no ring.
-            if !sizes.contains(&log2) {
+        let mut own = |used, area: Area, size, base, word| {
+            let (base, log2) = (self.registers.pair(base), self.registers.get(size));
+            // What was refused is no ring.
+            if !area.makes_sense(base, log2) {
                 return;
             }
             let word = self.registers.pair(word);
-            let ring = touches(self.registers.pair(base), (bytes as u64) << log2);
-            if ring || word != 0 && touches(word, 4) {
+            if touches(base, (area.entry as u64) << log2) || word != 0 && touches(word, 4) {
                 found.push(RingView { used, ctx: none, queue: none });
             }
         };
-        own(RingUse::Commands, CMD_SIZE, COMMAND_SIZES, COMMAND_BYTES, CMD_BASE_LO, CMD_DONE_LO);
-        own(RingUse::Faults, FAULT_SIZE, FAULT_SIZES, FAULT_BYTES, FAULT_BASE_LO, FAULT_PUT_WB_LO);
+        own(RingUse::Commands, COMMANDS, CMD_SIZE, CMD_BASE_LO, CMD_DONE_LO);
+        own(RingUse::Faults, FAULTS, FAULT_SIZE, FAULT_BASE_LO, FAULT_PUT_WB_LO);
         for queue in &self.queues {
             let Some(setup) = *queue.memory.lock() else { continue };
             let context = self.contexts.get(setup.ctx.index() as usize);

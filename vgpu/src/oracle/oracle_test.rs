@@ -341,8 +341,10 @@ fn memory_is_given_back_that_the_device_still_has() {
     let b = bench_with(OracleConfig { enabled: false, ..OracleConfig::default() });
     let ring = RingView { used: RingUse::Commands, ctx: Handle::NONE, queue: Handle::NONE };
     b.fake.3.lock().push((0x5000, ring));
+    let before = b.oracle.trace_size();
     freed(&b, 0x5000, 0x1000);
     b.clean();
+    assert_eq!(b.oracle.trace_size(), before);
 }
 
 #[test]

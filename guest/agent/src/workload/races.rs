@@ -5,9 +5,9 @@
 //!
 //! Both are returns of the kernel's functions, so that nothing of the driver need be known. A third moment is the one in which a
 //! fault handler, with what it has found, is about to take a lock: one that has asked before whether it may still map that asks in
-//! vain; the same holds of whoever has asked for something while its context goes ([`asking`]). A fourth is the one in which it makes the page known to the device's bus, as most do when they have asked and hold the
-//! lock: a callback that does not wait for it comes too early. Where the kernel cannot hold tasks, or a driver comes to none of
-//! them, the cases are skipped.
+//! vain; so does whoever has asked for something while its context goes ([`asking`]). A fourth is the one in which the handler makes
+//! the page known to the device's bus, as most do when they have asked and hold the lock: a callback that does not wait for it comes
+//! too early. Where the kernel cannot hold tasks, or a driver comes to none of them, the cases are skipped.
 
 mod asking;
 
@@ -173,9 +173,15 @@ fn hold_at<'a>(gates: Gates<'a>, place: &Place) -> Checked<Option<Hold<'a>>> {
     if place.whom != HANDLER {
         return gates.hold(place.at, place.whom);
     }
-    match gates.hold_after(FOUND, place.at, HANDLER)? {
-        None if place.at == LOCKING => gates.hold_after(FOUND, LOCKING_PROVEN, HANDLER),
-        hold => Ok(hold),
+    let hold = |at: &str| gates.hold_after(FOUND, at, HANDLER);
+    if place.at == LOCKING { at_a_lock(hold) } else { hold(place.at) }
+}
+
+/// Holds at a lock, by whichever name this kernel has for taking one.
+fn at_a_lock<T>(hold: impl Fn(&str) -> Checked<Option<T>>) -> Checked<Option<T>> {
+    match hold(LOCKING)? {
+        None => hold(LOCKING_PROVEN),
+        held => Ok(held),
     }
 }
 

@@ -328,6 +328,12 @@ fn the_devices_own_rings_are_not_given_back_while_it_is_on() {
     assert_eq!(rig.ring_freed(), 1);
     rig.write(regs::FAULT_SIZE, 0);
     assert!(rig.free(rig.faults, 1).is_empty());
+    // Nor what was refused: a size that there is not, and a base in the middle of an entry.
+    for (base, log2) in [(rig.faults, 13), (rig.faults + 8, 4)] {
+        rig.write(regs::FAULT_BASE_LO, base as u32);
+        rig.write(regs::FAULT_SIZE, log2);
+        assert!(rig.free(rig.faults, 0x1000).is_empty(), "{base:#x} {log2}");
+    }
     rig.write(regs::CTRL, 0);
     assert!(rig.free(rig.commands, 0x1000).is_empty());
 }

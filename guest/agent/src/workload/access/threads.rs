@@ -34,12 +34,7 @@ pub(super) fn signalled(device: &dyn Device, rng: &mut Rng) -> Checked {
             context.cpu_check(&map, 0, HUGE, pattern)
         })
     })?;
-    child.wait_ready()?;
-    while !child.has_ended()? {
-        child.signal(Signal::SIGUSR1)?;
-        std::thread::sleep(EVERY);
-    }
-    child.join()
+    child.join_disturbed(Signal::SIGUSR1, EVERY)
 }
 
 /// The first thread ends by itself while another goes on: the process lives, and has its memory, and its device's faults are served.

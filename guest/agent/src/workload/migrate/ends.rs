@@ -241,15 +241,15 @@ fn unbind_under_signals(device: &dyn Device, rng: &mut Rng) -> Checked {
             parent.ready(0);
             // The first of them come.
             std::thread::sleep(10 * SIGNALS);
-            while placed.context.file().unbind() == Err(Errno::EINTR) {}
+            loop {
+                match placed.context.file().unbind() {
+                    Err(Errno::EINTR) => {}
+                    other => break other.doing("unbind")?,
+                }
+            }
             placed.cpu_sees(0, WINDOW)
         })?;
-        child.wait_ready()?;
-        while !child.has_ended()? {
-            child.signal(Signal::SIGUSR1)?;
-            std::thread::sleep(SIGNALS);
-        }
-        child.join()?;
+        child.join_disturbed(Signal::SIGUSR1, SIGNALS)?;
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::{LOCKING, LOCKING_PROVEN, PATIENCE, nobody_came};
+use super::{LOCKING, PATIENCE, at_a_lock, nobody_came};
 use crate::client::{Context, Job};
 use crate::device::Device;
 use crate::gates::{Gates, Hold};
@@ -104,11 +104,7 @@ pub(super) fn round(round: &mut Round<'_, '_>) {
 }
 
 fn hold_both(gates: Gates<'_>) -> Checked<Option<Holds<'_>>> {
-    let both = |locking| gates.hold_two((locking, CALLER), (UNLOCKING, ENDER));
-    let held = match both(LOCKING)? {
-        None => both(LOCKING_PROVEN)?,
-        held => held,
-    };
+    let held = at_a_lock(|locking| gates.hold_two((locking, CALLER), (UNLOCKING, ENDER)))?;
     Ok(held.map(|(caller, ender)| Holds { gates, caller, ender }))
 }
 
