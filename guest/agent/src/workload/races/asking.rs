@@ -36,7 +36,7 @@ const AT_WORK: u64 = 1 << 20;
 /// How long the end gets to come to an unlock. If it does not, it waits for the thread that is held, as it may.
 const ENDS: Duration = Duration::from_millis(100);
 /// How long the thread that asks gets to come back while the end is held. It may wait for the lock that is to be given back.
-const BACK: Duration = Duration::from_millis(20);
+const BACK: Duration = Duration::from_millis(6);
 /// How often it is looked whether it has.
 const LOOK: Duration = Duration::from_millis(1);
 
